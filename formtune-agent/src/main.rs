@@ -1,0 +1,2 @@
+//! The binary `formtune`.
+fn main() {}

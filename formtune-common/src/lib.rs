@@ -1,0 +1,5 @@
+//! Plain records that cross the boundary between kernel and agent. `no_std`, no logic
+//! beyond the bucket arithmetic that both sides must share.
+#![no_std]
+
+pub mod runq;

@@ -1,0 +1,20 @@
+//! Estimate and decide.
+//!
+//! Everything observed enters as a [`Sample`], everything to be done leaves as a
+//! [`Plan`]; [`step`] is the only way from one to the other. The crate is `no_std` on
+//! purpose: it cannot name a file, a clock, a thread or a source of randomness, so a
+//! recorded run replays to the same plans byte for byte.
+#![no_std]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod plan;
+pub mod policy;
+pub mod sample;
+pub mod units;
+
+pub use plan::Plan;
+pub use policy::Policy;
+pub use sample::Sample;

@@ -1,0 +1,38 @@
+//! `cargo xtask bench NAME --json FILE`: figures, each with a peer or a floor in one run.
+
+use crate::figure::Figure;
+use anyhow::{Context, Result, bail};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Arguments of `bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Which one: runq, step, reaction, agent, or all
+    name: String,
+    /// Write the figures here as a JSON list
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// A benchmark's name and what it measures. New benchmarks go here.
+const BENCHES: &[(&str, fn() -> Result<Vec<Figure>>)] = &[];
+
+/// Runs one or all; exit code 0 when it could be measured, met or not.
+pub fn run(args: Args) -> Result<ExitCode> {
+    let chosen: Vec<_> =
+        BENCHES.iter().filter(|(name, _)| args.name == "all" || args.name == *name).collect();
+    if chosen.is_empty() {
+        let names: Vec<_> = BENCHES.iter().map(|(name, _)| *name).collect();
+        bail!("no benchmark {:?}; there are: {}, all", args.name, names.join(", "));
+    }
+    let mut figures = Vec::new();
+    for (name, bench) in chosen {
+        figures.extend(bench().with_context(|| format!("bench {name}"))?);
+    }
+    if let Some(path) = args.json {
+        std::fs::write(&path, serde_json::to_vec_pretty(&figures)?)
+            .with_context(|| format!("failed to write {}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

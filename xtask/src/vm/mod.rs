@@ -1,0 +1,1 @@
+//! Test machines under QEMU: kernels, initramfs, root image, one run.
