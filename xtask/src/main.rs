@@ -7,6 +7,7 @@ mod figure;
 mod setup;
 mod sh;
 mod sim;
+mod stats;
 mod test;
 mod vm;
 

@@ -1,7 +1,8 @@
 //! `cargo xtask bench NAME --json FILE`: figures, each with a peer or a floor in one run.
 
-use crate::figure::Figure;
+use crate::figure::{self, Figure};
 use anyhow::{Context, Result, bail};
+use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -30,8 +31,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     for (name, bench) in chosen {
         figures.extend(bench().with_context(|| format!("bench {name}"))?);
     }
+    figure::print_table(&figures);
     if let Some(path) = args.json {
-        std::fs::write(&path, serde_json::to_vec_pretty(&figures)?)
+        fs::write(&path, serde_json::to_vec_pretty(&figures)?)
             .with_context(|| format!("failed to write {}", path.display()))?;
     }
     Ok(ExitCode::SUCCESS)
