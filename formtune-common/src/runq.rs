@@ -38,3 +38,42 @@ pub const fn lower_bound(bucket: u32) -> u64 {
 pub const fn upper_bound(bucket: u32) -> u64 {
     lower_bound(bucket + 1) - 1
 }
+
+/// What one CPU counted for one VM: the element of the map `ROWS`, at index
+/// `slot × cpus + cpu`. Only that CPU writes it, inside the scheduler with interrupts off,
+/// so plain additions suffice; user space maps it and reads. Every field wraps around:
+/// readers take differences.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Row {
+    /// Waits counted; written last, so a reader that finds it unchanged may skip the row.
+    pub count: u32,
+    /// Tasks of the VM that were switched in without a usable time stamp (none, or one
+    /// after the run queue's clock). Not in `count`.
+    pub discarded: u32,
+    /// Sum of the waits, nanoseconds.
+    pub wait_ns: u64,
+    /// Waits per bucket.
+    pub buckets: [u32; BUCKETS],
+}
+
+/// Element of the direct-mapped table `TABLE`, at index `cgroup id & (length − 1)`.
+/// cgroup ids are small and cyclic, so neighbours seldom collide; what does is in the hash
+/// map `SPILL`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableEntry {
+    /// The cgroup; 0 is no cgroup's id and means "empty".
+    pub cgroup_id: u64,
+    /// Its VM's slot.
+    pub slot: u32,
+    /// Not 0: other cgroups with the same index are in `SPILL`.
+    pub spilled: u32,
+}
+
+// SAFETY: `repr(C)`, no padding (4 + 4 + 8 + 4 × BUCKETS; 8 + 4 + 4), any bits are valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Row {}
+// SAFETY: as above.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for TableEntry {}

@@ -2,6 +2,14 @@
 #![no_std]
 #![no_main]
 
+mod kernel;
+mod runq;
+
+/// Checked by the kernel: helpers and direct loads are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo) -> ! {
     loop {}
