@@ -1,6 +1,7 @@
 //! What the agent knows of a VM: the record that `sense` makes and `act` and `export` use.
 
 use formtune_core::units::VmId;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// A running VM.
@@ -38,7 +39,8 @@ pub enum Owner {
 }
 
 /// The interface of the hierarchy that carries the `cpu` controller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum CgroupVersion {
     /// `cpu.shares`, 2 to 262,144.
     V1,

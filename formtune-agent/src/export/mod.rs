@@ -1,1 +1,15 @@
-//! Placeholder, replaced by its first piece of work.
+//! What people and machines see of the agent: metrics, JSON and the words of the CLI.
+//!
+//! This room sees [`Snapshot`]s only. The daemon's loop builds one when somebody asks
+//! ([`source::channel`]); while nobody asks, nothing is copied. What the loop must
+//! remember for a snapshot between ticks is kept in [`DecisionLog`] and [`Recent`].
+
+pub mod decisions;
+pub mod recent;
+pub mod snapshot;
+pub mod source;
+
+pub use decisions::DecisionLog;
+pub use recent::Recent;
+pub use snapshot::Snapshot;
+pub use source::{SnapshotRequest, Snapshots};

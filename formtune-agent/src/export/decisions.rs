@@ -1,0 +1,127 @@
+//! The last decisions, and how many there were of each kind.
+//!
+//! There is a decision per VM and tick, most of them to do nothing. The log keeps every
+//! decision to do something, and of the others those that give a new reason, at most one
+//! per VM and ten seconds: a thousand idle VMs must not push out the one that matters.
+
+use super::snapshot::{Change, Counters, DecisionCount, DecisionRecord, result_name, sentence};
+use formtune_core::plan::{Action, Decision, Outcome, Plan, Reason};
+use formtune_core::policy::Mode;
+use formtune_core::units::{Nanos, VmId};
+use std::collections::{BTreeMap, VecDeque};
+use std::mem::{Discriminant, discriminant};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Decisions kept.
+pub const CAPACITY: usize = 1_000;
+/// Least time between two entries about one VM that say why nothing was done.
+const HOLD_EVERY: Nanos = Nanos::from_secs(10);
+
+/// The last [`CAPACITY`] decisions; owned by the daemon's loop.
+#[derive(Debug, Default)]
+pub struct DecisionLog {
+    seq: u64,
+    records: VecDeque<Arc<DecisionRecord>>,
+    noted: BTreeMap<VmId, Noted>,
+    counters: Counters,
+}
+
+/// What was last entered about a VM.
+#[derive(Debug)]
+struct Noted {
+    at: Nanos,
+    why: Discriminant<Reason>,
+}
+
+impl DecisionLog {
+    /// Enters what is new in a plan; `mode` is that of the knob. Returns the entries made,
+    /// so that the daemon logs the same ones.
+    pub fn note(&mut self, plan: &Plan, mode: Mode, now: SystemTime) -> Vec<Arc<DecisionRecord>> {
+        let unix_ms = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        let mut entered = Vec::new();
+        for decision in &plan.decisions {
+            self.count(decision.action, mode);
+            if self.is_news(decision, plan.at) {
+                entered.push(self.enter(decision, plan, mode, unix_ms));
+            }
+        }
+        entered
+    }
+
+    /// Enters what became of a setpoint.
+    pub fn outcome(&mut self, outcome: &Outcome) {
+        *self.counters.outcomes.entry(result_name(&outcome.result).into()).or_default() += 1;
+        let record = self.records.iter_mut().rev().find(|record| {
+            record.plan_seq == outcome.plan_seq
+                && record.vm == outcome.vm
+                && record.change.is_some()
+        });
+        if let Some(record) = record {
+            Arc::make_mut(record).outcome = Some(outcome.result.clone());
+        }
+    }
+
+    /// Drops what is remembered of a VM that is gone; its entries stay.
+    pub fn forget(&mut self, vm: &VmId) {
+        self.noted.remove(vm);
+    }
+
+    /// The entries, oldest first.
+    pub fn records(&self) -> Vec<Arc<DecisionRecord>> {
+        self.records.iter().cloned().collect()
+    }
+
+    /// Counts since the start.
+    pub fn counters(&self) -> Counters {
+        self.counters.clone()
+    }
+
+    fn count(&mut self, action: Action, mode: Mode) {
+        let counts = &mut self.counters.decisions;
+        match counts.iter_mut().find(|entry| entry.action == action && entry.mode == mode) {
+            Some(entry) => entry.count += 1,
+            None => counts.push(DecisionCount { action, mode, count: 1 }),
+        }
+    }
+
+    fn is_news(&self, decision: &Decision, at: Nanos) -> bool {
+        decision.action != Action::Hold
+            || self.noted.get(&decision.vm).is_none_or(|noted| {
+                noted.why != discriminant(&decision.reason) && at.since(noted.at) >= HOLD_EVERY
+            })
+    }
+
+    fn enter(
+        &mut self,
+        decision: &Decision,
+        plan: &Plan,
+        mode: Mode,
+        unix_ms: u64,
+    ) -> Arc<DecisionRecord> {
+        self.seq += 1;
+        let setpoint = plan.setpoints.iter().find(|setpoint| setpoint.vm == decision.vm);
+        let record = Arc::new(DecisionRecord {
+            seq: self.seq,
+            plan_seq: plan.seq,
+            at: plan.at,
+            unix_ms,
+            vm: decision.vm.clone(),
+            action: decision.action,
+            mode: setpoint.map_or(mode, |setpoint| setpoint.mode),
+            change: setpoint.map(|setpoint| Change { from: setpoint.from, to: setpoint.to }),
+            victim: setpoint.and_then(|setpoint| setpoint.victim.clone()),
+            evidence: decision.evidence.clone(),
+            reason: decision.reason.clone(),
+            sentence: sentence(&decision.reason),
+            outcome: None,
+        });
+        if self.records.len() == CAPACITY {
+            self.records.pop_front();
+        }
+        self.records.push_back(record.clone());
+        let noted = Noted { at: plan.at, why: discriminant(&decision.reason) };
+        self.noted.insert(decision.vm.clone(), noted);
+        record
+    }
+}
