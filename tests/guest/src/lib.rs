@@ -5,7 +5,7 @@
 //! can follow a console as well:
 //!
 //! ```text
-//! victim at_us=12000345 count=200 p50_us=1050 p99_us=1310 response=1050:120,1310:80 wake=60:200
+//! victim at_us=12000345 count=200 p50_us=1050 p99_us=1310 response=1050:120,1310:80
 //! neighbour at_us=12000345 iterations=81234
 //! ```
 
@@ -31,8 +31,9 @@ pub struct VictimReport {
     pub at_us: u64,
     /// Response times that ended in the interval: completion − scheduled start, µs.
     pub response: Histogram<u64>,
-    /// Wake-up delays: actual start − scheduled start, µs.
-    pub wake: Histogram<u64>,
+    /// Wake-up delays: actual start − scheduled start, µs. Left out on a serial console,
+    /// where every byte costs the guest an exit.
+    pub wake: Option<Histogram<u64>>,
 }
 
 /// How much work a spinner has done since it started.
@@ -48,14 +49,17 @@ impl fmt::Display for VictimReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "victim at_us={} count={} p50_us={} p99_us={} response={} wake={}",
+            "victim at_us={} count={} p50_us={} p99_us={} response={}",
             self.at_us,
             self.response.len(),
             self.response.value_at_quantile(0.50),
             self.response.value_at_quantile(0.99),
             Counts(&self.response),
-            Counts(&self.wake),
-        )
+        )?;
+        match &self.wake {
+            Some(wake) => write!(f, " wake={}", Counts(wake)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -88,7 +92,7 @@ impl VictimReport {
         let report = Self {
             at_us: number(words, "at_us")?,
             response: counts(words, "response")?,
-            wake: counts(words, "wake")?,
+            wake: words.contains(" wake=").then(|| counts(words, "wake")).transpose()?,
         };
         let count = number(words, "count")?;
         if report.response.len() != count {
@@ -141,16 +145,18 @@ mod tests {
     #[test]
     fn victim_line_survives_the_console() {
         let mut report =
-            VictimReport { at_us: 12_000_345, response: histogram_us(), wake: histogram_us() };
+            VictimReport { at_us: 12_000_345, response: histogram_us(), wake: None };
         for value in [3, 99, 1_050, 1_051, 7_777, 123_456] {
             report.response.record(value).unwrap();
         }
-        report.wake.record_n(60, 200).unwrap();
+        let mut wake = histogram_us();
+        wake.record_n(60, 200).unwrap();
+        report.wake = Some(wake);
         let line = format!("{report}\r");
         let read = VictimReport::parse(&line).unwrap().unwrap();
         assert_eq!(read.at_us, report.at_us);
         assert_eq!(read.response.len(), 6);
-        assert_eq!(read.wake.len(), 200);
+        assert_eq!(read.wake.as_ref().unwrap().len(), 200);
         // A bucket's highest value stays in its bucket, so a second trip changes nothing.
         assert_eq!(format!("{read}\r"), line);
         assert_eq!(read.response.value_at_quantile(0.99), report.response.value_at_quantile(0.99));
@@ -158,7 +164,7 @@ mod tests {
 
     #[test]
     fn empty_interval_is_a_line_too() {
-        let report = VictimReport { at_us: 1, response: histogram_us(), wake: histogram_us() };
+        let report = VictimReport { at_us: 1, response: histogram_us(), wake: None };
         assert_eq!(VictimReport::parse(&report.to_string()).unwrap(), Some(report));
     }
 

@@ -4,11 +4,11 @@
 //!
 //! `role` is one of
 //! - `victim`: a periodic task of `work_us` every `period_us`, one report line per
-//!   `report_ms`;
+//!   `report_ms`, with wake-up delays where `wake=1`;
 //! - `neighbour`: `threads` threads (default: one per CPU) that spin, one line per
 //!   `report_ms`;
 //! - `idle`: nothing at all;
-//! - `probe`: says hello and powers off; used to find out whether KVM works.
+//! - `probe`: says hello and resets the machine; used to find out whether KVM works.
 
 use anyhow::{Context, Result, bail};
 use formtune_guest::{NeighbourReport, VictimReport, histogram_us};
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
         Ok("probe") => {
             println!("probe ok");
             if is_init {
-                reboot(RebootMode::RB_POWER_OFF).context("failed to power off")?;
+                reboot(RebootMode::RB_AUTOBOOT).context("failed to reset the machine")?;
             }
             Ok(())
         }
@@ -52,8 +52,8 @@ fn victim() -> Result<()> {
         bail!("need 0 < work_us < period_us <= report_ms * 1000");
     }
     let steps = steps_of(Duration::from_micros(work_us));
-    let mut report =
-        VictimReport { at_us: now_us()?, response: histogram_us(), wake: histogram_us() };
+    let wake = (setting("wake", 0)? != 0).then(histogram_us);
+    let mut report = VictimReport { at_us: now_us()?, response: histogram_us(), wake };
     let mut scheduled_us = now_us()? + period_us;
     let mut seed = 1;
     loop {
@@ -61,7 +61,9 @@ fn victim() -> Result<()> {
         let started_us = now_us()?;
         seed = work(seed, steps);
         let done_us = now_us()?;
-        report.wake.record(started_us.saturating_sub(scheduled_us))?;
+        if let Some(wake) = &mut report.wake {
+            wake.record(started_us.saturating_sub(scheduled_us))?;
+        }
         report.response.record(done_us.saturating_sub(scheduled_us))?;
         // A late task still owes every period: what piles up counts as its response time.
         scheduled_us += period_us;
@@ -69,7 +71,9 @@ fn victim() -> Result<()> {
             report.at_us = done_us;
             print_line(&report)?;
             report.response.reset();
-            report.wake.reset();
+            if let Some(wake) = &mut report.wake {
+                wake.reset();
+            }
         }
     }
 }
