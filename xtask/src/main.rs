@@ -4,6 +4,7 @@ mod bench;
 mod bless;
 mod demo;
 mod figure;
+mod progress;
 mod setup;
 mod sh;
 mod sim;

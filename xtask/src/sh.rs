@@ -1,6 +1,9 @@
-//! Running other programs, with errors that name the command.
+//! Running other programs, with errors that name the command; where the project's folders are.
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -9,11 +12,58 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
 }
 
+/// The target folder: `CARGO_TARGET_DIR`, else `target` in the workspace.
+pub fn target() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => root().join(folder),
+        None => root().join("target"),
+    }
+}
+
+/// The cache folder: `FORMTUNE_CACHE`, else `.cache` in the workspace. Tools, packages,
+/// kernels and images are kept there; it may be removed at any time.
+pub fn cache() -> PathBuf {
+    match std::env::var_os("FORMTUNE_CACHE") {
+        Some(folder) => root().join(folder),
+        None => root().join(".cache"),
+    }
+}
+
+/// Keeps other commands from filling the same part of the cache, until it is dropped.
+pub fn lock_cache(part: &str) -> Result<Flock<File>> {
+    let path = cache().join(format!("{part}.lock"));
+    std::fs::create_dir_all(cache())?;
+    let file =
+        File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .with_context(|| format!("failed to lock {}", path.display()))
+}
+
+/// Where a program is: in `PATH` or in the folders that a plain user's `PATH` lacks.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(name))
+        .find(|file| {
+            file.metadata()
+                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+        })
+}
+
+/// The command as one would type it, without its environment.
+pub fn line(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy().into_owned()];
+    words.extend(command.get_args().map(|word| word.to_string_lossy().into_owned()));
+    words.join(" ")
+}
+
 /// Runs to the end, output passed through; an error names command and status.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("failed to start {command:?}"))?;
+    let status = command.status().with_context(|| format!("failed to start {}", line(command)))?;
     if !status.success() {
-        bail!("{command:?} ended with {status}");
+        bail!("{} ended with {status}", line(command));
     }
     Ok(())
 }
@@ -23,10 +73,10 @@ pub fn output(command: &mut Command) -> Result<String> {
     let out = command
         .stderr(Stdio::inherit())
         .output()
-        .with_context(|| format!("failed to start {command:?}"))?;
+        .with_context(|| format!("failed to start {}", line(command)))?;
     if !out.status.success() {
-        bail!("{command:?} ended with {}", out.status);
+        bail!("{} ended with {}", line(command), out.status);
     }
     String::from_utf8(out.stdout)
-        .with_context(|| format!("{command:?} printed bytes that are not text"))
+        .with_context(|| format!("{} printed bytes that are not text", line(command)))
 }

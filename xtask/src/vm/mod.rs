@@ -1,1 +1,7 @@
 //! Test machines under QEMU: kernels, initramfs, root image, one run.
+
+pub mod cpio;
+pub mod initramfs;
+pub mod kernel;
+pub mod run;
+pub mod vmlinux;

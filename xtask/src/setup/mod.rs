@@ -1,5 +1,7 @@
 //! `cargo xtask setup`.
 
+pub mod apt;
+
 use anyhow::{Result, bail};
 use std::process::ExitCode;
 
