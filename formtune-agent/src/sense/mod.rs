@@ -1,1 +1,6 @@
-//! Placeholder, replaced by its first piece of work.
+//! Reads the node and never writes.
+
+mod config;
+
+pub(crate) use config::matches;
+pub use config::{CgroupPattern, CgroupPatternError, SenseConfig};
