@@ -1,13 +1,286 @@
-//! `cargo xtask demo`.
+//! `cargo xtask demo`: two guests hurt a third, formtune sees it, shifts CPU weight, the
+//! third recovers, and every knob goes back to where it was.
+//!
+//! Everything runs beside whatever else the machine does: a libvirt daemon of its own, and
+//! all files in `target/demo`. On the way out, also after Ctrl-C and errors, guards stop
+//! guests, agent and daemon, in this order, and remove the cgroups that libvirt leaves.
 
-use anyhow::{Result, bail};
+pub mod agent;
+mod cgroups;
+pub mod domain;
+pub mod image;
+pub mod interrupt;
+pub mod libvirtd;
+mod phase;
+mod report;
+
+use crate::{progress, sh};
+use agent::{Agent, Waits};
+use anyhow::{Context, Result, bail};
+use domain::{Domain, Guest, Image, Knobs};
+use formtune_core::units::VmId;
+use phase::Phase;
+use report::{Column, Report};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// What is measured of each phase.
+const MEASURE: Duration = Duration::from_secs(20);
+/// What passes between the start of a phase and its measurement.
+const SETTLE: Duration = Duration::from_secs(4);
+/// The same after the start of enforcing: formtune has to notice, act and verify.
+const SETTLE_ENFORCED: Duration = Duration::from_secs(15);
+/// A neighbour has one virtual CPU for each of the host's, up to this many; on a larger host
+/// all guests are kept on as many CPUs. Spinning on more would only add heat.
+const CPUS: usize = 8;
+
+const VICTIM: &str = "demo-victim";
+const NEIGHBOURS: [&str; 2] = ["demo-noisy-1", "demo-noisy-2"];
 
 /// Arguments of `demo`.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Write the result here as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Keep consoles, logs and recordings in target/demo
+    #[arg(long)]
+    keep_logs: bool,
+}
 
-/// Runs it.
-pub fn run(_args: Args) -> Result<ExitCode> {
-    bail!("demo is not there yet")
+/// Runs it: exit code 0 when the victim recovered at hardly any cost to its neighbours and
+/// every knob is back, else 1.
+pub fn run(args: Args) -> Result<ExitCode> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("the demo must run as root: it starts guests, loads eBPF programs and sets weights");
+    }
+    interrupt::catch()?;
+    let program = agent::build()?;
+    let folder = sh::target().join("demo");
+    fs::create_dir_all(&folder).with_context(|| format!("failed to make {}", folder.display()))?;
+    let _only_one = lock(&folder)?;
+    let image = image::prepare(&folder)?;
+    let start = Instant::now();
+    let report = play(&program, &folder, &image);
+    if !args.keep_logs && report.as_ref().is_ok_and(Report::met) {
+        remove_logs(&folder)?;
+    } else {
+        eprintln!("consoles, logs and recordings are in {}", folder.display());
+    }
+    let report = report?;
+    println!("\n{}\n\n{}", report.table(), report.verdict());
+    eprintln!("took {:.0} s", start.elapsed().as_secs_f64());
+    if let Some(path) = args.json {
+        fs::write(&path, serde_json::to_vec_pretty(&report)?)
+            .with_context(|| format!("failed to write {}", path.display()))?;
+    }
+    Ok(ExitCode::from(u8::from(!report.met())))
+}
+
+/// The three phases, and everything around them that has to be cleaned up again.
+fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
+    let _cgroups = cgroups::Leftovers::note();
+    let step = progress::Step::start("starting a libvirt daemon of our own");
+    let libvirtd = Rc::new(libvirtd::Libvirtd::start(&folder.join("libvirt"))?);
+    step.end("done");
+
+    let host = Host::new()?;
+    println!("{}", host.explain(image.kvm));
+    let (victim, neighbours) = start_guests(&libvirtd, folder, image, &host)?;
+    let neighbours: Vec<&Domain> = neighbours.iter().collect();
+    let guests: Vec<&Domain> = [&victim].into_iter().chain(neighbours.iter().copied()).collect();
+    let originals = knobs(&guests)?;
+
+    let observe = folder.join("observe");
+    let agent = Agent::start(program, &observe, &host.settings(&libvirtd, &observe, "observe"))?;
+    for guest in &neighbours {
+        guest.suspend()?;
+    }
+    settle("alone: neighbours stopped, formtune observes", SETTLE)?;
+    let alone = Phase::measure("alone: measuring", MEASURE, &victim, &[])?;
+    let alone_weights = weights(&guests)?;
+    for guest in &neighbours {
+        guest.resume()?;
+    }
+    settle("contended: neighbours spin, formtune observes", SETTLE)?;
+    let contended = Phase::measure("contended: measuring", MEASURE, &victim, &neighbours)?;
+    let contended_weights = weights(&guests)?;
+    agent.stop()?;
+
+    let enforce = folder.join("enforce");
+    let agent = Agent::start(program, &enforce, &host.settings(&libvirtd, &enforce, "enforce"))?;
+    settle("with formtune: neighbours spin, formtune acts", SETTLE_ENFORCED)?;
+    let enforced = Phase::measure("with formtune: measuring", MEASURE, &victim, &neighbours)?;
+    let enforced_weights = weights(&guests)?;
+    println!("\n{}", agent.explain(VICTIM)?.trim_end());
+    agent.stop()?;
+    let not_restored = differences(&originals, &knobs(&guests)?);
+
+    let id = VmId::from(VICTIM);
+    let waits =
+        |folder: &Path, phase: &Phase| Waits::of(&recording(folder), &id, phase.from, phase.to);
+    let columns = [
+        Column::new("alone", &alone, &waits(&observe, &alone)?, alone_weights),
+        Column::new("contended", &contended, &waits(&observe, &contended)?, contended_weights),
+        Column::new("with formtune", &enforced, &waits(&enforce, &enforced)?, enforced_weights),
+    ];
+    Ok(Report::new(image.kvm, columns, not_restored))
+}
+
+/// How the guests are laid out on this host.
+struct Host {
+    online: usize,
+    /// Of those, the ones the guests may use.
+    used: usize,
+}
+
+impl Host {
+    fn new() -> Result<Self> {
+        let online = std::thread::available_parallelism().context("CPUs")?.get();
+        Ok(Self { online, used: online.min(CPUS) })
+    }
+
+    fn cpuset(&self) -> Option<String> {
+        (self.used < self.online).then(|| format!("0-{}", self.used - 1))
+    }
+
+    fn explain(&self, kvm: bool) -> String {
+        let accelerator = if kvm { "KVM" } else { "TCG (no usable KVM here)" };
+        format!(
+            "3 guests under {accelerator}. The victim runs 1 ms of work every 5 ms on 1 virtual\n\
+             CPU; each of 2 neighbours spins on {used}, so that all {used} CPUs{of} are wanted\n\
+             by two spinners each. All start with the same weight.",
+            used = self.used,
+            of = if self.used < self.online {
+                format!(" (of {}) that the guests may use", self.online)
+            } else {
+                " of the host".to_owned()
+            },
+        )
+    }
+
+    /// The agent's configuration: who is who, and how far it may go.
+    fn settings(&self, libvirtd: &libvirtd::Libvirtd, folder: &Path, mode: &str) -> String {
+        // Where the guests fill only some CPUs, the host as a whole never looks busy.
+        let relax_below_busy = 0.7 * self.used as f64 / self.online as f64;
+        format!(
+            "listen = 'off'
+libvirt = '{uri}'
+record = '{recording}'
+default_class = 'bystander'
+mode.cpu_weight = '{mode}'
+
+[cpu]
+relax_below_busy = {relax_below_busy:.3}
+
+# Guests of somebody else: measured, never touched.
+[classes.bystander]
+slo = 'off'
+floor_ratio = 1.0
+ceiling_ratio = 1.0
+
+# 1 ms of work is due every 5 ms: waiting longer than 1 ms for a CPU hurts.
+[classes.latency]
+priority = 'high'
+slo = {{ threshold = '1ms' }}
+
+# May be pushed down to a fiftieth of its weight. A weight only counts where somebody else
+# wants the CPU, so what the victim leaves is still all theirs.
+[classes.batch]
+priority = 'low'
+slo = 'off'
+floor_ratio = 0.02
+
+[[rules]]
+vms = ['{VICTIM}']
+class = 'latency'
+[[rules]]
+vms = ['demo-noisy-*']
+class = 'batch'
+",
+            uri = libvirtd.uri(),
+            recording = recording(folder).display(),
+        )
+    }
+}
+
+fn recording(folder: &Path) -> PathBuf {
+    folder.join("recording.jsonl")
+}
+
+fn start_guests(
+    libvirtd: &Rc<libvirtd::Libvirtd>,
+    folder: &Path,
+    image: &Image,
+    host: &Host,
+) -> Result<(Domain, Vec<Domain>)> {
+    let consoles = folder.join("console");
+    fs::create_dir_all(&consoles)?;
+    let mut step = progress::Step::start("booting three guests");
+    let boot = |name: &str, vcpus, settings| {
+        let guest = Guest { name, vcpus, cpuset: host.cpuset(), settings };
+        Domain::start(libvirtd, image, &guest, consoles.join(format!("{name}.log")))
+    };
+    let victim = boot(VICTIM, 1, "role=victim period_us=5000 work_us=1000 report_ms=1000")?;
+    let mut neighbours = Vec::new();
+    for name in NEIGHBOURS {
+        neighbours.push(boot(name, host.used, "role=neighbour report_ms=1000")?);
+    }
+    let all: Vec<&Domain> = [&victim].into_iter().chain(&neighbours).collect();
+    phase::wait_for_reports(&all, || step.tick())?;
+    step.end("done");
+    Ok((victim, neighbours))
+}
+
+fn settle(label: &str, length: Duration) -> Result<()> {
+    let mut step = progress::Step::start(label);
+    interrupt::wait(length, || step.tick())?;
+    step.end("settled");
+    Ok(())
+}
+
+fn knobs(guests: &[&Domain]) -> Result<Vec<(String, Knobs)>> {
+    guests.iter().map(|guest| Ok((guest.name().to_owned(), guest.knobs()?))).collect()
+}
+
+fn weights(guests: &[&Domain]) -> Result<Vec<String>> {
+    guests.iter().map(|guest| guest.weight()).collect()
+}
+
+/// What is not as it was, one line each.
+fn differences(before: &[(String, Knobs)], after: &[(String, Knobs)]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for ((guest, before), (_, after)) in before.iter().zip(after) {
+        let (was, is) = (&before.libvirt_shares, &after.libvirt_shares);
+        if was != is {
+            lines.push(format!("{guest}: cpu_shares of libvirt was {was}, is {is}"));
+        }
+        for (path, was) in &before.files {
+            let is = after.files.get(path).map_or("gone", String::as_str);
+            if was != is {
+                lines.push(format!("{guest}: {} was {was}, is {is}", path.display()));
+            }
+        }
+    }
+    lines
+}
+
+/// Held as long as the file is open.
+fn lock(folder: &Path) -> Result<nix::fcntl::Flock<fs::File>> {
+    let file = fs::File::create(folder.join("lock"))?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
+        anyhow::anyhow!("another demo or benchmark is running in {}", folder.display())
+    })
+}
+
+fn remove_logs(folder: &Path) -> Result<()> {
+    for name in ["console", "observe", "enforce"] {
+        let path = folder.join(name);
+        fs::remove_dir_all(&path)
+            .with_context(|| format!("failed to remove {}", path.display()))?;
+    }
+    Ok(())
 }
