@@ -3,5 +3,6 @@
 pub mod cpio;
 pub mod initramfs;
 pub mod kernel;
+pub mod root;
 pub mod run;
 pub mod vmlinux;
