@@ -10,11 +10,20 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod decide;
+mod estimate;
 pub mod plan;
 pub mod policy;
+pub mod reason;
 pub mod sample;
+mod state;
+mod step;
+pub mod trace;
 pub mod units;
 
 pub use plan::Plan;
 pub use policy::Policy;
 pub use sample::Sample;
+pub use state::State;
+pub use step::step;
+pub use trace::replay;

@@ -1,6 +1,7 @@
 //! What is to be done, and why; what became of it.
 
 use crate::policy::Mode;
+pub use crate::reason::{Breach, Culprit, Quantile, Reason, RelaxHold, Usage};
 use crate::units::{Nanos, VmId, Weight};
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -93,22 +94,15 @@ pub struct Evidence {
     /// (target − measured) / target, rounded to three decimals.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slack: Option<f64>,
-    /// CPUs used, over the span of the last two usage readings, rounded to three decimals.
+    /// Windows among the last `confirm_of` that were bad (slack below `slack_act`).
+    #[serde(default)]
+    pub bad_windows: u8,
+    /// CPUs used, averaged over about the last second, rounded to three decimals.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus_used: Option<f64>,
     /// The knob as read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_weight: Option<Weight>,
-}
-
-/// Why something was done or not done. `Display` gives the sentence that logs,
-/// `explain` and the page show; the serialised form is stable for machines.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "why", rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Reason {
-    /// The class promises nothing and nobody suffers from this VM.
-    NoSlo,
 }
 
 /// What became of a setpoint; enters the next sample.

@@ -67,7 +67,7 @@ pub struct VmSample {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunqInterval {
     /// `(bucket, count)`, ascending by bucket, counts above zero. Bucket bounds are those
-    /// of `crate::histogram`.
+    /// of `formtune_common::runq`.
     pub counts: Vec<(u16, u32)>,
     /// Sum of the waits, nanoseconds (measured, not derived from buckets).
     pub wait_ns: u64,

@@ -1,0 +1,236 @@
+//! Who uses more than their entitlement gives, and by how much.
+//!
+//! A VM's entitlement is its share, by weight, of the node among the VMs that run at all.
+//! Blame goes by CPU used beyond it: only the polluter pays (Alita, SC 2020), the lowest
+//! priority first. The wait of a VM that itself uses more of its entitlement than anybody
+//! else is its own doing: more runnable vCPUs than its share gives.
+
+use crate::estimate::rounded;
+use crate::plan::Usage;
+use crate::policy::Priority;
+use alloc::vec::Vec;
+
+/// A VM that uses less than this many CPUs does not run, and claims nothing of the node.
+const RUNS: f64 = 0.01;
+
+/// Least use beyond the entitlement, as a share of it, that counts. Below lie the errors of
+/// reading usage and time one after the other.
+const EXCESS: f64 = 0.05;
+
+/// A culprit uses at least this many times what the victim uses, each against its
+/// entitlement; among equals nobody is to blame.
+const MORE_THAN_VICTIM: f64 = 1.1;
+
+/// Of the polluters, those who exceed their entitlement by at least this share of what the
+/// worst one does. The small fry would lose their share and hardly give the victim any.
+const OF_WORST: f64 = 0.25;
+
+/// Most VMs lowered at once for one victim. The worst go first; should they not be enough,
+/// the next action takes the next.
+pub const AT_ONCE: usize = 16;
+
+/// Most polluters looked at for one victim; bounds a step on a node where everybody is one.
+const LOOKED_AT: usize = 256;
+
+/// What blame needs to know of a VM.
+#[derive(Clone, Copy, Debug)]
+pub struct Claim {
+    /// Weight that the VM is entitled to.
+    pub entitlement: f64,
+    /// CPUs used lately.
+    pub uses: Option<f64>,
+    /// Priority of its class.
+    pub priority: Priority,
+}
+
+/// A VM that uses more than it is entitled to.
+#[derive(Clone, Copy, Debug)]
+pub struct Polluter {
+    /// Index of the VM.
+    pub index: usize,
+    /// Priority of its class.
+    pub priority: Priority,
+    /// `None` where nobody's usage is known.
+    pub usage: Option<Usage>,
+    excess: f64,
+    /// Use per weight of entitlement.
+    ratio: f64,
+}
+
+/// The node's claims, weighed against each other once per step.
+#[derive(Debug)]
+pub struct Blame {
+    /// CPUs per weight of entitlement.
+    cpus_per_weight: f64,
+    greatest: Greatest,
+    lowest_running: Option<Priority>,
+    /// Lowest priority first, then worst first.
+    polluters: Vec<Polluter>,
+}
+
+/// The greatest use per weight, and the second, so that each VM can be compared with the
+/// others.
+#[derive(Clone, Copy, Debug, Default)]
+struct Greatest {
+    first: Option<(usize, f64)>,
+    second: f64,
+}
+
+impl Greatest {
+    fn take(&mut self, index: usize, ratio: f64) {
+        match self.first {
+            Some((_, first)) if ratio <= first => self.second = self.second.max(ratio),
+            before => {
+                self.second = before.map_or(0.0, |(_, ratio)| ratio);
+                self.first = Some((index, ratio));
+            }
+        }
+    }
+
+    fn of_others(&self, index: usize) -> f64 {
+        match self.first {
+            Some((first, ratio)) if first != index => ratio,
+            _ => self.second,
+        }
+    }
+}
+
+impl Blame {
+    /// Weighs the claims of all VMs, given in the order of their indices.
+    pub fn new(cpus: u32, claims: &[Claim]) -> Self {
+        let runs = |claim: &Claim| claim.uses.is_none_or(|uses| uses >= RUNS);
+        let total: f64 = claims.iter().filter(|c| runs(c)).map(|c| c.entitlement).sum();
+        let cpus_per_weight = f64::from(cpus) / total.max(1.0);
+        let mut greatest = Greatest::default();
+        let mut polluters = Vec::new();
+        for (index, claim) in claims.iter().enumerate() {
+            let Some(uses) = claim.uses else { continue };
+            let entitled = claim.entitlement * cpus_per_weight;
+            let (excess, ratio) = (uses - entitled, uses / claim.entitlement);
+            greatest.take(index, ratio);
+            if uses >= RUNS && excess > EXCESS * entitled {
+                let usage = Some(Usage { uses: rounded(uses), entitled: rounded(entitled) });
+                let priority = claim.priority;
+                polluters.push(Polluter { index, priority, usage, excess, ratio });
+            }
+        }
+        // Nothing at all is known: everybody may be to blame, nobody more than another.
+        let known = claims.iter().filter(|claim| claim.uses.is_some()).count();
+        if known == 0 {
+            polluters.extend(claims.iter().enumerate().map(|(index, claim)| Polluter {
+                index,
+                priority: claim.priority,
+                usage: None,
+                excess: 0.0,
+                ratio: f64::INFINITY,
+            }));
+        }
+        polluters.sort_by(|a, b| {
+            a.priority
+                .cmp(&b.priority)
+                .then(b.excess.total_cmp(&a.excess))
+                .then(a.index.cmp(&b.index))
+        });
+        let lowest_running = claims.iter().filter(|c| runs(c)).map(|c| c.priority).min();
+        Self { cpus_per_weight, greatest, lowest_running, polluters }
+    }
+
+    /// `Some` if the VM's wait is its own: it uses more than it is entitled to, and nobody
+    /// uses more of their entitlement.
+    pub fn own_fault(&self, index: usize, claim: &Claim) -> Option<Usage> {
+        let uses = claim.uses?;
+        let entitled = claim.entitlement * self.cpus_per_weight;
+        let worse = self.greatest.of_others(index) > MORE_THAN_VICTIM * uses / claim.entitlement;
+        (uses > entitled * (1.0 + EXCESS) && !worse)
+            .then(|| Usage { uses: rounded(uses), entitled: rounded(entitled) })
+    }
+
+    /// Who may be lowered for a victim's sake: lowest priority first, then worst first;
+    /// nobody of a higher priority than the victim's.
+    pub fn polluters<'a>(
+        &'a self,
+        victim: usize,
+        claim: &Claim,
+    ) -> impl Iterator<Item = &'a Polluter> {
+        let ratio = claim.uses.map_or(0.0, |uses| uses / claim.entitlement);
+        let priority = claim.priority;
+        let mut worst: Option<(Priority, f64)> = None;
+        self.polluters
+            .iter()
+            .take(LOOKED_AT)
+            .take_while(move |polluter| polluter.priority <= priority)
+            .filter(move |polluter| {
+                polluter.index != victim && polluter.ratio > MORE_THAN_VICTIM * ratio
+            })
+            .filter(move |polluter| match worst {
+                Some((priority, excess)) if priority == polluter.priority => {
+                    polluter.excess >= OF_WORST * excess
+                }
+                _ => {
+                    worst = Some((polluter.priority, polluter.excess));
+                    true
+                }
+            })
+    }
+
+    /// Whether anybody of a lower priority runs: then raising a victim takes from them.
+    pub fn anybody_below(&self, priority: Priority) -> bool {
+        self.lowest_running.is_some_and(|lowest| lowest < priority)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(uses: Option<f64>) -> Claim {
+        Claim { entitlement: 100.0, uses, priority: Priority::Normal }
+    }
+
+    fn names(blame: &Blame, victim: usize, claims: &[Claim]) -> Vec<usize> {
+        blame.polluters(victim, &claims[victim]).map(|p| p.index).collect()
+    }
+
+    #[test]
+    fn idle_vms_claim_nothing() {
+        let mut claims = alloc::vec![claim(Some(0.2)), claim(Some(0.9)), claim(Some(0.95))];
+        claims.extend([claim(Some(0.001)); 50]);
+        let blame = Blame::new(2, &claims);
+        assert_eq!(names(&blame, 0, &claims), [2, 1]);
+        let usage = blame.polluters(0, &claims[0]).next().unwrap().usage.unwrap();
+        assert_eq!((usage.uses, usage.entitled), (0.95, 0.667));
+        assert_eq!(blame.own_fault(0, &claims[0]), None);
+    }
+
+    #[test]
+    fn among_equals_nobody_is_to_blame() {
+        let claims = [claim(Some(1.0)), claim(Some(1.02)), claim(Some(0.02))];
+        let blame = Blame::new(2, &claims);
+        assert_eq!(names(&blame, 0, &claims), []);
+        assert!(blame.own_fault(0, &claims[0]).is_some());
+        assert_eq!(blame.own_fault(2, &claims[2]), None);
+    }
+
+    #[test]
+    fn never_a_higher_priority_and_the_lowest_first() {
+        let with = |uses, priority| Claim { priority, ..claim(Some(uses)) };
+        let claims = [
+            with(0.1, Priority::Normal),
+            with(1.5, Priority::High),
+            with(1.2, Priority::Normal),
+            with(1.1, Priority::Low),
+            with(0.1, Priority::Low),
+        ];
+        let blame = Blame::new(4, &claims);
+        assert_eq!(names(&blame, 0, &claims), [3, 2]);
+        assert!(blame.anybody_below(Priority::Normal) && !blame.anybody_below(Priority::Low));
+    }
+
+    #[test]
+    fn unknown_usage_is_no_guilt_unless_nothing_is_known() {
+        let claims = [claim(None), claim(None), claim(Some(1.9))];
+        assert_eq!(names(&Blame::new(2, &claims), 0, &claims), [2]);
+        let claims = [claim(None), claim(None), claim(None)];
+        assert_eq!(names(&Blame::new(2, &claims), 0, &claims), [1, 2]);
+    }
+}
