@@ -5,11 +5,17 @@
 //! remember for a snapshot between ticks is kept in [`DecisionLog`] and [`Recent`].
 
 pub mod decisions;
+pub mod http;
+pub mod listen;
+pub mod metrics;
 pub mod recent;
+pub mod routes;
 pub mod snapshot;
 pub mod source;
 
 pub use decisions::DecisionLog;
+pub use http::{Server, ServerHandle};
+pub use listen::{Listen, ListenError};
 pub use recent::Recent;
 pub use snapshot::Snapshot;
 pub use source::{SnapshotRequest, Snapshots};

@@ -1,0 +1,353 @@
+//! `/metrics`: the Prometheus text format (0.0.4) with classic histograms, in base units.
+//!
+//! Every value is taken from a snapshot, so a VM that is gone is gone from the next
+//! scrape, and a value that is not known is absent rather than zero.
+
+use super::snapshot::{LE_BOUNDS, LibvirtState, Node, RunqCounts, Snapshot, VmState};
+use super::snapshot::{action_name, le_bound_ns, mode_name};
+use formtune_core::plan::Action;
+use formtune_core::units::Weight;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode_registry;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+use std::fmt::{self, Debug};
+use std::sync::Arc;
+
+/// Every action, so that each has a series from the start.
+const ACTIONS: [Action; 5] =
+    [Action::Hold, Action::Raise, Action::Lower, Action::Relax, Action::Revert];
+/// Every result of a setpoint, for the same reason.
+const RESULTS: [&str; 5] = ["applied", "unchanged", "clamped", "yielded", "refused"];
+
+/// The whole exposition.
+pub fn text(snapshot: &Arc<Snapshot>) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Scrape(snapshot.clone())));
+    // About 3 kB per VM.
+    let mut text = String::with_capacity(8_192 + 3_500 * snapshot.vms.len());
+    encode_registry(&mut text, &registry).expect("writing to a string does not fail");
+    text
+}
+
+#[derive(Debug)]
+struct Scrape(Arc<Snapshot>);
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
+        let mut out = Families(encoder);
+        let Snapshot { at, node, vms, .. } = &*self.0;
+        out.agent(node, at.since(node.agent.started_at).as_secs_f64())?;
+        out.node(node)?;
+        out.gauge("formtune_vms", "VMs measured now", [([], Some(vms.len() as f64))])?;
+        out.vms(&vms.values().collect::<Vec<_>>())?;
+        out.decisions(node)
+    }
+}
+
+/// Writes metric families in the classic text format.
+struct Families<'a>(DescriptorEncoder<'a>);
+
+type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
+
+impl Families<'_> {
+    fn agent(&mut self, node: &Node, uptime: f64) -> fmt::Result {
+        let agent = &node.agent;
+        let version = [("version", agent.version.as_str())];
+        self.gauge("formtune_build_info", "Version of the agent", [(version, Some(1.0))])?;
+        self.one("formtune_agent_uptime_seconds", "Time since the agent started", Some(uptime))?;
+        self.counter(
+            "formtune_agent_cpu_seconds_total",
+            "User and system CPU time of the agent's process",
+            [([], Some(agent.cost.cpu_ns as f64 / 1e9))],
+        )?;
+        self.one(
+            "formtune_agent_resident_memory_bytes",
+            "Resident memory of the agent's process",
+            Some(agent.cost.resident_bytes as f64),
+        )?;
+        self.one(
+            "formtune_agent_tick_interval_seconds",
+            "Configured time between two samples",
+            Some(agent.tick.as_secs_f64()),
+        )?;
+        self.one(
+            "formtune_agent_tick_duration_seconds",
+            "Time the last tick took from reading to acting",
+            agent.last_tick_took.map(|took| took.as_secs_f64()),
+        )?;
+        let ticks = [([], Some(agent.ticks as f64))];
+        self.counter("formtune_agent_ticks_total", "Samples taken", ticks)?;
+        let late = [([], Some(agent.ticks_late as f64))];
+        let help = "Ticks skipped because an earlier one took too long";
+        self.counter("formtune_agent_ticks_late_total", help, late)
+    }
+
+    fn node(&mut self, node: &Node) -> fmt::Result {
+        self.gauge(
+            "formtune_node_info",
+            "Kernel of the node and how run-queue latency is measured on it",
+            [(
+                [
+                    ("kernel", node.kernel.as_str()),
+                    ("method", node.probe.method.as_deref().unwrap_or("none")),
+                ],
+                Some(1.0),
+            )],
+        )?;
+        self.one("formtune_node_cpus", "Online CPUs", Some(f64::from(node.cpus)))?;
+        let help = "Share of the CPUs' time in use, 0 to 1";
+        self.one("formtune_node_cpu_busy_ratio", help, node.busy_ratio)?;
+        let mode = [("knob", "cpu_weight"), ("mode", mode_name(node.modes.cpu_weight))];
+        self.gauge("formtune_mode_info", "Configured mode of a knob", [(mode, Some(1.0))])?;
+        self.one(
+            "formtune_enforce_blocked",
+            "1 while writing is held back although configured",
+            Some(f64::from(u8::from(node.enforce_blocked.is_some()))),
+        )?;
+        self.one(
+            "formtune_probe_up",
+            "1 while the probe counts everything, 0 while blind",
+            Some(f64::from(u8::from(node.probe.method.is_some() && node.probe.blind.is_none()))),
+        )?;
+        let help = "Waits thrown away because they could not be true or did not fit";
+        let discarded = [([], Some(node.probe.discarded as f64))];
+        self.counter("formtune_probe_discarded_total", help, discarded)?;
+        self.one(
+            "formtune_probe_unmeasured_vms",
+            "VMs that found no room in the probe's table",
+            Some(node.probe.unmeasured_vms as f64),
+        )?;
+        self.one(
+            "formtune_libvirt_up",
+            "1 while libvirt answers, 0 while it does not; absent where it is not used",
+            match node.libvirt {
+                LibvirtState::NotUsed => None,
+                LibvirtState::Connected { .. } => Some(1.0),
+                LibvirtState::Unreachable { .. } => Some(0.0),
+            },
+        )
+    }
+
+    fn vms(&mut self, vms: &[&VmState]) -> fmt::Result {
+        self.gauge(
+            "formtune_vm_info",
+            "What the agent knows of a VM",
+            vms.iter().map(|vm| {
+                let owner = match vm.owner {
+                    super::snapshot::OwnerKind::Libvirt => "libvirt",
+                    super::snapshot::OwnerKind::Cgroup => "cgroup",
+                };
+                let uuid = vm.uuid.as_deref().unwrap_or("");
+                let labels = [
+                    ("vm", vm.id.0.as_str()),
+                    ("uuid", uuid),
+                    ("class", &vm.class.0),
+                    ("owner", owner),
+                ];
+                (labels, Some(1.0))
+            }),
+        )?;
+        self.histogram(
+            "formtune_vm_runqueue_latency_seconds",
+            "Time from runnable to running of all threads of the VM, since it was first seen",
+            vms.iter().filter_map(|vm| Some((by_vm(vm), vm.runq.as_ref()?))),
+        )?;
+        let seconds = |ns: u64| ns as f64 / 1e9;
+        self.counter(
+            "formtune_vm_runqueue_wait_seconds_total",
+            "Time all threads of the VM waited for a CPU, since it was first seen",
+            vms.iter().map(|vm| (by_vm(vm), vm.runq.map(|runq| seconds(runq.wait_ns)))),
+        )?;
+        self.counter(
+            "formtune_vm_cpu_usage_seconds_total",
+            "CPU time of the VM",
+            vms.iter().map(|vm| (by_vm(vm), vm.cpu_usage_ns.map(seconds))),
+        )?;
+        self.counter(
+            "formtune_vm_cpu_throttled_seconds_total",
+            "Time the VM was stopped by its own CPU quota",
+            vms.iter().map(|vm| (by_vm(vm), vm.throttled_ns.map(seconds))),
+        )?;
+        self.weights(vms)?;
+        self.slos(vms)
+    }
+
+    fn weights(&mut self, vms: &[&VmState]) -> fmt::Result {
+        let number = |weight: Option<Weight>| weight.map(|weight| f64::from(weight.get()));
+        self.gauge(
+            "formtune_vm_cpu_weight",
+            "CPU weight as last read, on the scale of cgroup v2 (1 to 10000)",
+            vms.iter().map(|vm| (by_vm(vm), number(vm.cpu_weight))),
+        )?;
+        self.gauge(
+            "formtune_vm_cpu_weight_original",
+            "CPU weight as formtune first found it",
+            vms.iter().map(|vm| (by_vm(vm), number(vm.cpu_weight_original))),
+        )?;
+        self.gauge(
+            "formtune_vm_cpu_weight_entitlement",
+            "CPU weight that the VM's class entitles it to",
+            vms.iter().map(|vm| (by_vm(vm), number(vm.cpu_weight_entitlement))),
+        )
+    }
+
+    fn slos(&mut self, vms: &[&VmState]) -> fmt::Result {
+        self.gauge(
+            "formtune_vm_slo_threshold_seconds",
+            "Threshold of the SLO of the VM's class",
+            vms.iter()
+                .map(|vm| (by_vm(vm), vm.slo.as_ref().map(|slo| slo.threshold.as_secs_f64()))),
+        )?;
+        self.gauge(
+            "formtune_vm_slo_indicator_seconds",
+            "What the last window measured of the SLO's indicator; absent with too few samples",
+            vms.iter().map(|vm| {
+                let measured = vm.evidence().and_then(|evidence| evidence.measured);
+                (by_vm(vm), measured.map(|measured| measured.as_secs_f64()))
+            }),
+        )?;
+        let slack = |vm: &VmState| vm.evidence().and_then(|evidence| evidence.slack);
+        self.gauge(
+            "formtune_vm_slo_slack_ratio",
+            "(threshold - indicator) / threshold of the last window; absent with too few samples",
+            vms.iter().map(|vm| (by_vm(vm), slack(vm))),
+        )?;
+        self.gauge(
+            "formtune_vm_slo_met",
+            "1 if the last window met the SLO, else 0; absent with too few samples",
+            vms.iter()
+                .map(|vm| (by_vm(vm), slack(vm).map(|slack| f64::from(u8::from(slack >= 0.0))))),
+        )?;
+        self.counter(
+            "formtune_vm_slo_windows_total",
+            "Windows with enough samples to tell whether the SLO was met",
+            vms.iter().map(|vm| (by_vm(vm), vm.attainment.map(|kept| kept.windows as f64))),
+        )?;
+        self.counter(
+            "formtune_vm_slo_windows_met_total",
+            "Windows that met the SLO",
+            vms.iter().map(|vm| (by_vm(vm), vm.attainment.map(|kept| kept.met as f64))),
+        )
+    }
+
+    fn decisions(&mut self, node: &Node) -> fmt::Result {
+        let mode = node.modes.cpu_weight;
+        let made = &node.counters.decisions;
+        let none_yet = ACTIONS
+            .into_iter()
+            .filter(|action| {
+                !made.iter().any(|entry| (entry.action, entry.mode) == (*action, mode))
+            })
+            .map(|action| (action, mode, 0));
+        let all = made.iter().map(|entry| (entry.action, entry.mode, entry.count)).chain(none_yet);
+        self.counter(
+            "formtune_decisions_total",
+            "Decisions, one per VM and tick, including those to do nothing",
+            all.map(|(action, mode, count)| {
+                let labels = [("action", action_name(action)), ("mode", mode_name(mode))];
+                (labels, Some(count as f64))
+            }),
+        )?;
+        self.counter(
+            "formtune_actions_total",
+            "Writes asked for in mode enforce, by what became of them",
+            RESULTS.iter().map(|result| {
+                let count = node.counters.outcomes.get(*result).copied().unwrap_or(0);
+                ([("result", *result)], Some(count as f64))
+            }),
+        )
+    }
+
+    /// A gauge without labels.
+    fn one(&mut self, name: &str, help: &str, value: Option<f64>) -> fmt::Result {
+        self.gauge(name, help, [([], value)])
+    }
+
+    fn gauge<'l, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'l, N>, Option<f64>)>,
+    ) -> fmt::Result {
+        self.family(name, help, MetricType::Gauge, samples)
+    }
+
+    /// `name` ends in `_total`: unlike OpenMetrics, this format declares a counter by the
+    /// name of its samples.
+    fn counter<'l, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'l, N>, Option<f64>)>,
+    ) -> fmt::Result {
+        self.family(name, help, MetricType::Counter, samples)
+    }
+
+    fn family<'l, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        kind: MetricType,
+        samples: impl IntoIterator<Item = (Labels<'l, N>, Option<f64>)>,
+    ) -> fmt::Result {
+        let known =
+            |(labels, value): (_, Option<f64>)| Some((labels, value.filter(|v| v.is_finite())?));
+        let mut samples = samples.into_iter().filter_map(known).peekable();
+        // A family without samples is left out: its head alone would promise nothing.
+        if samples.peek().is_none() {
+            return Ok(());
+        }
+        let mut encoder = self.0.encode_descriptor(name, help, None, kind)?;
+        for (labels, value) in samples {
+            // The gauge's encoding is the bare name and value, which is what this format
+            // wants of a counter too; the crate's own would append a second `_total`.
+            if N == 0 {
+                encoder.encode_gauge(&value)?;
+            } else {
+                encoder.encode_family(&labels)?.encode_gauge(&value)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn histogram<'v>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl IntoIterator<Item = (Labels<'v, 1>, &'v RunqCounts)>,
+    ) -> fmt::Result {
+        let mut samples = samples.into_iter().peekable();
+        if samples.peek().is_none() {
+            return Ok(());
+        }
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (labels, counts) in samples {
+            PreAggregated(counts).encode(encoder.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+fn by_vm(vm: &VmState) -> Labels<'_, 1> {
+    [("vm", vm.id.0.as_str())]
+}
+
+/// A histogram that the kernel has already counted.
+struct PreAggregated<'a>(&'a RunqCounts);
+
+impl EncodeMetric for PreAggregated<'_> {
+    fn encode(&self, mut encoder: prometheus_client::encoding::MetricEncoder) -> fmt::Result {
+        let mut buckets = [(f64::INFINITY, self.0.buckets[LE_BOUNDS]); LE_BOUNDS + 1];
+        for (i, bucket) in buckets.iter_mut().take(LE_BOUNDS).enumerate() {
+            *bucket = (le_bound_ns(i) as f64 / 1e9, self.0.buckets[i]);
+        }
+        let sum = self.0.wait_ns as f64 / 1e9;
+        encoder.encode_histogram::<NoLabelSet>(sum, self.0.count(), &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
+}
