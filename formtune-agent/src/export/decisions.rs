@@ -4,7 +4,9 @@
 //! decision to do something, and of the others those that give a new reason, at most one
 //! per VM and ten seconds: a thousand idle VMs must not push out the one that matters.
 
-use super::snapshot::{Change, Counters, DecisionCount, DecisionRecord, result_name, sentence};
+use super::snapshot::{
+    Change, Counters, DecisionCount, DecisionRecord, VmState, result_name, sentence,
+};
 use formtune_core::plan::{Action, Decision, Outcome, Plan, Reason};
 use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId};
@@ -32,6 +34,7 @@ pub struct DecisionLog {
 struct Noted {
     at: Nanos,
     why: Discriminant<Reason>,
+    action: Option<Arc<DecisionRecord>>,
 }
 
 impl DecisionLog {
@@ -59,7 +62,18 @@ impl DecisionLog {
         });
         if let Some(record) = record {
             Arc::make_mut(record).outcome = Some(outcome.result.clone());
+            let noted = self.noted.get_mut(&outcome.vm);
+            if let Some(last) = noted.and_then(|noted| noted.action.as_mut())
+                && last.seq == record.seq
+            {
+                *last = record.clone();
+            }
         }
+    }
+
+    /// Sets a VM's last action.
+    pub fn fill(&self, vm: &mut VmState) {
+        vm.last_action = self.noted.get(&vm.id).and_then(|noted| noted.action.clone());
     }
 
     /// Drops what is remembered of a VM that is gone; its entries stay.
@@ -120,8 +134,83 @@ impl DecisionLog {
             self.records.pop_front();
         }
         self.records.push_back(record.clone());
-        let noted = Noted { at: plan.at, why: discriminant(&decision.reason) };
-        self.noted.insert(decision.vm.clone(), noted);
+        let why = discriminant(&decision.reason);
+        let earlier = self.noted.remove(&decision.vm).and_then(|noted| noted.action);
+        let action = if decision.action == Action::Hold { earlier } else { Some(record.clone()) };
+        self.noted.insert(decision.vm.clone(), Noted { at: plan.at, why, action });
         record
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use formtune_core::plan::{Evidence, Knob, OutcomeResult, Setpoint};
+    use formtune_core::units::Weight;
+
+    fn plan(seq: u64, action: Action) -> Plan {
+        let vm = VmId::from("web-1");
+        let evidence = Evidence::default();
+        let setpoint = Setpoint {
+            vm: vm.clone(),
+            knob: Knob::CpuWeight,
+            from: Weight::DEFAULT,
+            to: Weight::MAX,
+            mode: Mode::Enforce,
+            victim: None,
+            reason: Reason::NoSlo,
+        };
+        Plan {
+            seq,
+            at: Nanos::from_millis(seq * 250),
+            setpoints: if action == Action::Hold { vec![] } else { vec![setpoint] },
+            decisions: vec![Decision { vm, evidence, action, reason: Reason::NoSlo }],
+        }
+    }
+
+    #[test]
+    fn holding_for_the_same_reason_is_entered_once_and_counted_always() {
+        let mut log = DecisionLog::default();
+        for seq in 1..=100 {
+            let entered = log.note(&plan(seq, Action::Hold), Mode::Shadow, UNIX_EPOCH);
+            assert_eq!(entered.len(), usize::from(seq == 1));
+        }
+        assert_eq!(log.records().len(), 1);
+        assert_eq!(log.counters().decisions[0].count, 100);
+    }
+
+    #[test]
+    fn the_ring_is_bounded_and_counts_on() {
+        let mut log = DecisionLog::default();
+        for seq in 1..=CAPACITY as u64 + 10 {
+            log.note(&plan(seq, Action::Raise), Mode::Enforce, UNIX_EPOCH);
+        }
+        let records = log.records();
+        assert_eq!((records.len(), records[0].seq), (CAPACITY, 11));
+    }
+
+    #[test]
+    fn an_outcome_finds_its_decision_and_the_vm_its_last_action() {
+        let mut log = DecisionLog::default();
+        log.note(&plan(1, Action::Raise), Mode::Enforce, UNIX_EPOCH);
+        log.note(&plan(2, Action::Raise), Mode::Enforce, UNIX_EPOCH);
+        let vm = VmId::from("web-1");
+        let result = OutcomeResult::Yielded { found: Weight::MIN };
+        let outcome = |plan_seq| Outcome {
+            plan_seq,
+            vm: vm.clone(),
+            knob: Knob::CpuWeight,
+            asked: Weight::MAX,
+            result: result.clone(),
+        };
+        log.outcome(&outcome(1));
+        assert_eq!(log.records()[0].outcome, Some(result.clone()));
+        assert_eq!(log.records()[1].outcome, None);
+        assert_eq!(log.noted[&vm].action.as_ref().unwrap().outcome, None);
+        log.outcome(&outcome(2));
+        assert_eq!(log.noted[&vm].action.as_ref().unwrap().outcome, Some(result.clone()));
+        assert_eq!(log.counters().outcomes["yielded"], 2);
+        log.forget(&vm);
+        assert!(log.noted.is_empty());
     }
 }

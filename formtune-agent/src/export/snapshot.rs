@@ -208,6 +208,8 @@ pub struct VmState {
     pub decision: Option<Decision>,
     /// `decision.reason` in words, for readers without the core crate.
     pub why: Option<String>,
+    /// The last decision to do something; see [`super::DecisionLog::fill`].
+    pub last_action: Option<Arc<DecisionRecord>>,
     /// Percentiles of the last seconds; see [`super::Recent`].
     pub recent: Option<RecentRunq>,
     /// Counts since the VM was first seen; `None` while it is not measured.
@@ -241,6 +243,7 @@ impl VmState {
             cpu_weight_bounds: None,
             decision: None,
             why: None,
+            last_action: None,
             recent: None,
             runq: None,
             cpu_usage_ns: None,

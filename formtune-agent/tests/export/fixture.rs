@@ -1,0 +1,259 @@
+//! A node with four VMs, as a snapshot, and a server that shows it.
+
+use formtune_agent::export::snapshot::*;
+use formtune_agent::export::{DecisionLog, Listen, Server, ServerHandle, SnapshotRequest, source};
+use formtune_agent::vm::{CgroupVersion, Owner, Vm};
+use formtune_common::runq;
+use formtune_core::plan::*;
+use formtune_core::policy::{Indicator, Mode, Modes, Slo};
+use formtune_core::units::{ClassName, Nanos, VmId, Weight};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, UNIX_EPOCH};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+
+/// `CLOCK_MONOTONIC` of the snapshot.
+pub const AT: Nanos = Nanos::from_secs(5_000);
+
+pub fn weight(weight: u32) -> Weight {
+    Weight::new(weight).unwrap()
+}
+
+pub fn snapshot() -> Snapshot {
+    let log = decision_log();
+    let mut vms = BTreeMap::new();
+    for mut vm in [web(), hog(), idle(), odd()] {
+        log.fill(&mut vm);
+        vms.insert(vm.id.clone(), vm);
+    }
+    Snapshot { at: AT, node: node(&log), vms, decisions: log.records() }
+}
+
+fn node(log: &DecisionLog) -> Node {
+    Node {
+        name: "node-a".into(),
+        kernel: "6.12.48-amd64".into(),
+        cpus: 2,
+        busy_ratio: Some(0.873),
+        cgroup: CgroupLayout { version: CgroupVersion::V2, cpu_root: "/sys/fs/cgroup".into() },
+        libvirt: LibvirtState::Connected { uri: "qemu:///system".into() },
+        modes: Modes { cpu_weight: Mode::Enforce },
+        enforce_blocked: None,
+        probe: ProbeState { method: Some("tp_btf".into()), discarded: 7, ..ProbeState::default() },
+        agent: AgentState {
+            version: "0.1.0".into(),
+            pid: 4242,
+            config: Some("/etc/formtune/formtune.toml".into()),
+            started_at: Nanos::from_secs(1_400),
+            tick: Nanos::from_millis(250),
+            ticks: 14_400,
+            ticks_late: 1,
+            last_tick_at: Some(Nanos(AT.0 - 100_000_000)),
+            last_tick_took: Some(Nanos::from_micros(350)),
+            cost: OwnCost { cpu_ns: 7_200_000_000, resident_bytes: 22 << 20 },
+        },
+        counters: log.counters(),
+    }
+}
+
+fn vm(name: &str, class: &str) -> VmState {
+    let record = Vm {
+        id: VmId::from(name),
+        uuid: Some(format!(
+            "00000000-0000-4000-8000-{:012}",
+            name.bytes().map(u32::from).sum::<u32>()
+        )),
+        vcpus: 2,
+        owner: Owner::Libvirt { domain: name.into() },
+        cgroup: PathBuf::from("/sys/fs/cgroup/machine.slice").join(name),
+        cgroup_id: 77,
+        cgroup_version: CgroupVersion::V2,
+    };
+    let mut state = VmState::new(&record, ClassName::from(class), Nanos::from_secs(2_000));
+    state.cpu_weight = Some(Weight::DEFAULT);
+    state.cpu_weight_original = Some(Weight::DEFAULT);
+    state.cpu_weight_entitlement = Some(Weight::DEFAULT);
+    state.cpu_weight_bounds = Some((weight(25), weight(400)));
+    state
+}
+
+fn dense(waits: &[(u64, u64)]) -> RunqCounts {
+    let mut buckets = vec![0; runq::BUCKETS];
+    let mut wait_ns = 0;
+    for &(ns, count) in waits {
+        buckets[runq::bucket(ns) as usize] += count;
+        wait_ns += ns * count;
+    }
+    RunqCounts::from_dense(&buckets, wait_ns)
+}
+
+fn slo() -> Slo {
+    Slo {
+        indicator: Indicator::RunqLatency,
+        quantile: 0.99,
+        threshold: Nanos::from_millis(2),
+        window: Nanos::from_secs(1),
+        share: 0.6,
+        min_samples: 100,
+    }
+}
+
+/// The victim.
+fn web() -> VmState {
+    let mut vm = vm("web-1", "web");
+    vm.cpu_weight = Some(weight(150));
+    vm.slo = Some(slo());
+    vm.attainment = Some(Attainment { windows: 1_200, met: 1_080 });
+    vm.recent = Some(RecentRunq {
+        span: Nanos::from_secs(10),
+        samples: 48_120,
+        wait: Nanos::from_secs(4),
+        p50: Some(Nanos::from_micros(12)),
+        p99: Some(Nanos::from_micros(4_200)),
+        p999: Some(Nanos::from_micros(8_100)),
+        max: Some(Nanos::from_micros(11_500)),
+    });
+    vm.runq = Some(dense(&[(900, 5_000), (12_000, 90_000), (4_200_000, 900), (20_000_000_000, 1)]));
+    vm.cpu_usage_ns = Some(61_500_000_000);
+    vm.throttled_ns = Some(0);
+    vm.decided(&victim_decision());
+    vm
+}
+
+/// Its neighbour.
+fn hog() -> VmState {
+    let mut vm = vm("hog-1", "batch");
+    vm.cpu_weight = Some(weight(80));
+    vm.recent = Some(RecentRunq {
+        span: Nanos::from_secs(10),
+        samples: 900,
+        wait: Nanos::from_secs(9),
+        p50: Some(Nanos::from_millis(3)),
+        p99: Some(Nanos::from_millis(12)),
+        p999: Some(Nanos::from_millis(14)),
+        max: Some(Nanos::from_millis(14)),
+    });
+    vm.runq = Some(dense(&[(3_000_000, 9_000), (12_000_000, 100)]));
+    vm.decided(&quiet("hog-1", Reason::NoSlo));
+    vm
+}
+
+/// One that sleeps.
+fn idle() -> VmState {
+    let mut vm = vm("idle-with-a-rather-long-name-0001", "general-purpose");
+    vm.slo = Some(slo());
+    vm.recent = Some(RecentRunq {
+        span: Nanos::from_secs(10),
+        samples: 0,
+        wait: Nanos(0),
+        p50: None,
+        p99: None,
+        p999: None,
+        max: None,
+    });
+    vm.runq = Some(dense(&[]));
+    vm.decided(&quiet("idle-with-a-rather-long-name-0001", Reason::NoSlo));
+    vm
+}
+
+/// One that is not measured yet and whose name needs escapes everywhere.
+fn odd() -> VmState {
+    let mut vm = vm("a\"b\\c/d é", "web");
+    vm.owner = OwnerKind::Cgroup;
+    vm.uuid = None;
+    vm.cpu_weight = None;
+    vm.cpu_weight_original = None;
+    vm
+}
+
+fn victim_decision() -> Decision {
+    Decision {
+        vm: VmId::from("web-1"),
+        evidence: Evidence {
+            samples: 4_812,
+            measured: Some(Nanos::from_micros(4_200)),
+            target: Some(Nanos::from_millis(2)),
+            slack: Some(-1.1),
+            cpus_used: Some(0.41),
+            cpu_weight: Some(weight(150)),
+        },
+        action: Action::Raise,
+        reason: Reason::NoSlo,
+    }
+}
+
+fn quiet(vm: &str, reason: Reason) -> Decision {
+    Decision { vm: VmId::from(vm), evidence: Evidence::default(), action: Action::Hold, reason }
+}
+
+pub fn decision_log() -> DecisionLog {
+    let mut log = DecisionLog::default();
+    let setpoint = |vm: &str, to| Setpoint {
+        vm: VmId::from(vm),
+        knob: Knob::CpuWeight,
+        from: Weight::DEFAULT,
+        to: weight(to),
+        mode: Mode::Enforce,
+        victim: Some(VmId::from("web-1")),
+        reason: Reason::NoSlo,
+    };
+    let plan = Plan {
+        seq: 14_380,
+        at: Nanos(AT.0 - 5_000_000_000),
+        setpoints: vec![setpoint("web-1", 150), setpoint("hog-1", 80)],
+        decisions: vec![
+            victim_decision(),
+            Decision { action: Action::Lower, ..quiet("hog-1", Reason::NoSlo) },
+            quiet("idle-with-a-rather-long-name-0001", Reason::NoSlo),
+        ],
+    };
+    log.note(&plan, Mode::Enforce, UNIX_EPOCH + Duration::from_secs(1_790_000_000));
+    for setpoint in &plan.setpoints {
+        log.outcome(&Outcome {
+            plan_seq: plan.seq,
+            vm: setpoint.vm.clone(),
+            knob: setpoint.knob,
+            asked: setpoint.to,
+            result: OutcomeResult::Applied { value: setpoint.to },
+        });
+    }
+    log
+}
+
+/// A served snapshot; `set` changes it, and what nobody answers for is a stalled loop.
+pub struct Served {
+    pub socket: PathBuf,
+    pub tcp: SocketAddr,
+    pub snapshot: Arc<Mutex<Snapshot>>,
+    _server: ServerHandle,
+    _folder: TempDir,
+}
+
+impl Served {
+    pub fn new() -> Self {
+        let (served, mut requests) = Self::unanswered();
+        let snapshot = served.snapshot.clone();
+        std::thread::spawn(move || {
+            while let Some(reply) = requests.blocking_recv() {
+                let _ = reply.send(Arc::new(snapshot.lock().unwrap().clone()));
+            }
+        });
+        served
+    }
+
+    /// Its loop does not answer.
+    pub fn unanswered() -> (Self, mpsc::Receiver<SnapshotRequest>) {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("formtune.sock");
+        let to = Listen { socket: socket.clone(), tcp: Some("127.0.0.1:0".parse().unwrap()) };
+        let server = Server::bind(&to).unwrap();
+        let tcp = server.tcp_addr().unwrap();
+        let (snapshots, requests) = source::channel(Nanos::from_millis(250));
+        let server = server.spawn(snapshots).unwrap();
+        let snapshot = Arc::new(Mutex::new(snapshot()));
+        (Self { socket, tcp, snapshot, _server: server, _folder: folder }, requests)
+    }
+}

@@ -1,0 +1,5 @@
+//! What the agent shows, over real sockets and as text: no root needed.
+
+mod fixture;
+mod http;
+mod metrics;
