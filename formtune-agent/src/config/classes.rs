@@ -17,6 +17,8 @@ const CLASS_KEYS: &[&str] =
     &["priority", "pool", "slo", "cpu_weight", "floor_ratio", "ceiling_ratio"];
 const SLO_KEYS: &[&str] = &["indicator", "quantile", "threshold", "window", "share", "min_samples"];
 const RULE_KEYS: &[&str] = &["vms", "class"];
+#[cfg(test)]
+pub(super) const KEYS: [&[&str]; 3] = [CLASS_KEYS, SLO_KEYS, RULE_KEYS];
 
 pub(super) const PRIORITIES: &[(&str, Priority)] =
     &[("low", Priority::Low), ("normal", Priority::Normal), ("high", Priority::High)];

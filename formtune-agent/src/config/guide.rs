@@ -28,8 +28,10 @@ enum Fate {
     Honoured,
     /// A description: nothing is asked for.
     Remark,
-    /// A table or a list of tables; its keys are listed with their full names.
-    Tables,
+    /// A table; its keys are listed with their full names.
+    Table,
+    /// A list of tables; as above.
+    List,
     /// A knob that this version does not turn.
     OtherKnob,
     /// Decided when a VM is defined.
@@ -49,7 +51,7 @@ enum Fate {
 impl Fate {
     fn why(self) -> &'static str {
         match self {
-            Self::Honoured | Self::Remark | Self::Tables => "",
+            Self::Honoured | Self::Remark | Self::Table | Self::List => "",
             Self::OtherKnob => "this version moves CPU weight only",
             Self::AtDefinition => "decided when the VM is defined, which formtune does not do",
             Self::HostTuning => "static tuning of the host, which this version does not apply",
@@ -66,13 +68,13 @@ impl Fate {
 }
 
 use Fate::{
-    AtDefinition, Exporter, Honoured, HostTuning, Interval, NodeService, OtherKnob, Placement,
-    Remark, Tables,
+    AtDefinition, Exporter, Honoured, HostTuning, Interval, List, NodeService, OtherKnob,
+    Placement, Remark, Table,
 };
 
 /// Every key of the performance guide and of the security guide beside it.
 const KEYS: &[(&str, Fate)] = &[
-    ("vm", Tables),
+    ("vm", Table),
     ("vm.cpu_pinning_enabled", AtDefinition),
     ("vm.cpu_dedicated_set", AtDefinition),
     ("vm.numa_aware", AtDefinition),
@@ -100,17 +102,17 @@ const KEYS: &[(&str, Fate)] = &[
     ("vm.max_queued_operations", NodeService),
     ("vm.vm_start_timeout_seconds", NodeService),
     ("vm.concurrent_io_operations", NodeService),
-    ("vm.device_passthrough", Tables),
+    ("vm.device_passthrough", Table),
     ("vm.device_passthrough.usb", AtDefinition),
     ("vm.device_passthrough.pci", AtDefinition),
     ("vm.device_passthrough.audio", AtDefinition),
-    ("performance", Tables),
+    ("performance", Table),
     ("performance.io_scheduler", HostTuning),
-    ("performance.network_tuning", Tables),
+    ("performance.network_tuning", Table),
     ("performance.network_tuning.enabled", HostTuning),
     ("performance.network_tuning.tcp_bbr", HostTuning),
     ("performance.network_tuning.tcp_window_scaling", HostTuning),
-    ("network", Tables),
+    ("network", Table),
     ("network.wireguard_mtu", HostTuning),
     ("network.wireguard_fwmark", NodeService),
     ("network.wireguard_tx_queue_length", HostTuning),
@@ -121,7 +123,7 @@ const KEYS: &[(&str, Fate)] = &[
     ("network.allowed_networks", NodeService),
     ("network.bandwidth_limit_mbps", OtherKnob),
     ("network.firewall_enabled", NodeService),
-    ("resource_pools", Tables),
+    ("resource_pools", List),
     ("resource_pools.name", Honoured),
     ("resource_pools.description", Remark),
     ("resource_pools.priority", Honoured),
@@ -132,7 +134,7 @@ const KEYS: &[(&str, Fate)] = &[
     ("resource_pools.allow_overcommit_ratio", Placement),
     ("resource_pools.cpu_pinning_enabled", AtDefinition),
     ("resource_pools.max_instances", Placement),
-    ("instance_types", Tables),
+    ("instance_types", List),
     ("instance_types.name", Honoured),
     ("instance_types.description", Remark),
     ("instance_types.cpu_shares", Honoured),
@@ -147,11 +149,11 @@ const KEYS: &[(&str, Fate)] = &[
     ("instance_types.cpu_pinning_enabled", AtDefinition),
     ("instance_types.memory_dedicated", AtDefinition),
     ("instance_types.numa_aware", AtDefinition),
-    ("hardware", Tables),
+    ("hardware", Table),
     ("hardware.overcommit_ratio", Placement),
     ("hardware.gpu_enabled", AtDefinition),
     ("hardware.gpu_devices", AtDefinition),
-    ("monitoring", Tables),
+    ("monitoring", Table),
     ("monitoring.prometheus_enabled", Exporter),
     ("monitoring.prometheus_port", Exporter),
     ("monitoring.node_exporter_enabled", NodeService),
@@ -162,11 +164,11 @@ const KEYS: &[(&str, Fate)] = &[
     ("monitoring.alert_thresholds", NodeService),
     ("monitoring.alert_channels", NodeService),
     ("monitoring.log_retention_days", NodeService),
-    ("security", Tables),
+    ("security", Table),
     ("security.secure_boot_required", NodeService),
     ("security.audit_logging", NodeService),
-    ("advanced", Tables),
-    ("advanced.load_balancing", Tables),
+    ("advanced", Table),
+    ("advanced.load_balancing", Table),
     ("advanced.load_balancing.enabled", Placement),
     ("advanced.load_balancing.strategy", Placement),
     ("advanced.load_balancing.check_interval_seconds", Placement),
@@ -226,36 +228,25 @@ fn check(
         };
         match (fate, &entry.node.value) {
             (Honoured | Remark, _) => {}
-            (Tables, Value::Table(entries)) => check(source, &full, entries, notices)?,
-            (Tables, Value::Array(nodes))
-                if matches!(full.as_str(), "resource_pools" | "instance_types") =>
-            {
+            (Table, Value::Table(entries)) => check(source, &full, entries, notices)?,
+            (List, Value::Array(nodes)) => {
                 for node in nodes {
                     let Value::Table(entries) = &node.value else {
-                        let found = node.value.kind();
-                        return Err(source.error(
-                            node.offset,
-                            format_args!("expected a table in `{full}`, found {found}"),
-                        ));
+                        return Err(expected(source, node, &full, "a list of tables"));
                     };
                     check(source, &full, entries, notices)?;
                 }
             }
-            (Tables, other) => {
-                let what = if matches!(full.as_str(), "resource_pools" | "instance_types") {
-                    "a list"
-                } else {
-                    "a table"
-                };
-                return Err(source.error(
-                    entry.node.offset,
-                    format_args!("`{full}` must be {what}, not {}", other.kind()),
-                ));
-            }
+            (Table, _) => return Err(expected(source, &entry.node, &full, "a table")),
+            (List, _) => return Err(expected(source, &entry.node, &full, "a list of tables")),
             (fate, _) => notices.push(notice(source, entry, full, fate.why())),
         }
     }
     Ok(())
+}
+
+fn expected(source: &Source, node: &Node, key: &str, what: &str) -> ConfigError {
+    source.error(node.offset, format_args!("`{key}` must be {what}, not {}", node.value.kind()))
 }
 
 fn siblings(within: &str) -> Vec<&'static str> {

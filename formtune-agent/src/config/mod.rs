@@ -73,11 +73,11 @@ impl fmt::Display for Notice {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("failed to read {}: {source}", path.display())]
+    #[error("failed to read {}", path.display())]
     Read {
         /// Which file.
         path: PathBuf,
-        /// As the system says it; part of the message above, so not a source of its own.
+        /// As the system says it.
         #[source]
         source: io::Error,
     },
@@ -168,3 +168,6 @@ pub fn load(path: Option<&Path>) -> Result<Config, ConfigError> {
 pub fn show(config: &Config) -> String {
     show::toml(config)
 }
+
+#[cfg(test)]
+mod tests;
