@@ -1,2 +1,5 @@
 //! The binary `formtune`.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    formtune_agent::cli::main()
+}

@@ -151,22 +151,30 @@ fn base_slo() -> Slo {
 ///
 /// One line naming file, line and column, what is wrong, and the nearest known name.
 pub fn load(path: Option<&Path>) -> Result<Config, ConfigError> {
-    let source = match path {
-        Some(path) => document::Source::read(path)?,
-        None => match document::Source::read(Path::new(DEFAULT_PATH)) {
-            Ok(source) => source,
-            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(Config::default());
-            }
-            Err(error) => return Err(error),
-        },
-    };
-    file::read(&source)
+    match self::path(path) {
+        Some(path) => file::read(&document::Source::read(&path)?),
+        None => Ok(Config::default()),
+    }
+}
+
+/// The file that [`load`] reads: `path`, or else [`DEFAULT_PATH`] where there is one.
+pub fn path(path: Option<&Path>) -> Option<PathBuf> {
+    let default = Path::new(DEFAULT_PATH);
+    match path {
+        Some(path) => Some(path.to_owned()),
+        // A file that exists but cannot be looked at must fail to be read, not be left out.
+        None => default.try_exists().unwrap_or(true).then(|| default.to_owned()),
+    }
 }
 
 /// The effective configuration as a file that would give the same one.
 pub fn show(config: &Config) -> String {
     show::toml(config)
+}
+
+/// The same as data.
+pub fn table(config: &Config) -> impl Serialize {
+    show::table(config)
 }
 
 #[cfg(test)]

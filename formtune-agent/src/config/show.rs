@@ -7,6 +7,11 @@ use formtune_core::policy::{Class, Indicator};
 use toml::{Table, Value};
 
 pub(super) fn toml(config: &Config) -> String {
+    toml::to_string(&table(config))
+        .unwrap_or_else(|error| unreachable!("a table of plain values is TOML: {error}"))
+}
+
+pub(super) fn table(config: &Config) -> Table {
     let mut root = Table::new();
     let policy = &config.policy;
     let mut set = |key: &str, value: Value| root.insert(key.to_owned(), value);
@@ -31,11 +36,11 @@ pub(super) fn toml(config: &Config) -> String {
         set("record", path(record));
     }
     set("default_class", policy.default_class.0.clone().into());
-    set("mode", table([("cpu_weight", word(MODES, policy.modes.cpu_weight))]));
+    set("mode", keys([("cpu_weight", word(MODES, policy.modes.cpu_weight))]));
     let cpu = &policy.cpu;
     set(
         "cpu",
-        table([
+        keys([
             ("slack_act", cpu.slack_act.into()),
             ("slack_relax", cpu.slack_relax.into()),
             ("slack_severe", cpu.slack_severe.into()),
@@ -62,11 +67,10 @@ pub(super) fn toml(config: &Config) -> String {
     );
     let rules = config.classes_of.rules.iter().map(|rule| {
         let vms: Vec<Value> = rule.vms.iter().map(|glob| glob.clone().into()).collect();
-        table([("vms", vms.into()), ("class", rule.class.0.clone().into())])
+        keys([("vms", vms.into()), ("class", rule.class.0.clone().into())])
     });
     set("rules", rules.collect::<Vec<Value>>().into());
-    toml::to_string(&root)
-        .unwrap_or_else(|error| unreachable!("a table of plain values is TOML: {error}"))
+    root
 }
 
 fn class(class: &Class) -> Value {
@@ -83,7 +87,7 @@ fn class(class: &Class) -> Value {
         "slo",
         match &class.slo {
             None => "off".into(),
-            Some(slo) => table([
+            Some(slo) => self::keys([
                 (
                     "indicator",
                     match slo.indicator {
@@ -98,10 +102,10 @@ fn class(class: &Class) -> Value {
             ]),
         },
     ));
-    table(keys)
+    self::keys(keys)
 }
 
-fn table(keys: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+fn keys(keys: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
     Value::Table(keys.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
 }
 
