@@ -1,1 +1,3 @@
 //! Shared pieces of the root tests.
+
+pub mod libvirtd;
