@@ -2,6 +2,7 @@
 //! only reads arguments and prints.
 
 mod config;
+mod restore;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -62,6 +63,8 @@ enum Command {
     /// Check or show the configuration
     #[command(subcommand)]
     Config(config::Command),
+    /// Put every knob back as it was found, without the agent; exit code 1 if one could not be
+    Restore(restore::Args),
 }
 
 /// Runs the command that the arguments name.
@@ -72,6 +75,7 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Config(command) => config::run(&cli.global, &command),
+        Command::Restore(args) => restore::run(&cli.global, &args),
     };
     result.unwrap_or_else(|failure| {
         fail(format_args!("{failure:#}"));

@@ -1,0 +1,71 @@
+//! `formtune restore`: bring every original back without the daemon.
+
+use super::{Global, OneLine, findings, print};
+use crate::act::{self, ActError, RecoveryReport};
+use crate::config;
+use crate::hypervisor::Hypervisor;
+use anyhow::{Result, anyhow};
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  formtune restore
+  formtune restore --state-dir /var/lib/formtune --json")]
+pub(super) struct Args {
+    /// State folder of the agent, instead of the configured one; with it, a configuration
+    /// that cannot be read is no obstacle
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+pub(super) fn run(global: &Global, args: &Args) -> Result<ExitCode> {
+    let (state_dir, libvirt_uri) = match (config::load(global.config.as_deref()), &args.state_dir) {
+        (Ok(config), dir) => (dir.clone().unwrap_or(config.state_dir), config.libvirt_uri),
+        (Err(error), Some(dir)) => {
+            super::fail(format_args!("{error}; restoring all the same, through cgroups"));
+            (dir.clone(), None)
+        }
+        (Err(error), None) => return Err(error.into()),
+    };
+    let report = act::restore(&state_dir, || match Hypervisor::connect(libvirt_uri.as_deref()?) {
+        Ok(hypervisor) => Some(hypervisor),
+        Err(error) => {
+            super::fail(format_args!("{error}; restoring through cgroups"));
+            None
+        }
+    })
+    .map_err(|error| match error {
+        ActError::Locked { pid, .. } => anyhow!(
+            "formtune is running{}: stop it and it restores by itself; `formtune restore` is for \
+             an agent that died",
+            pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+        ),
+        error => error.into(),
+    })?;
+    match global.json {
+        true => print(format_args!("{}\n", serde_json::to_string(&report)?))?,
+        false => print(text(&report))?,
+    }
+    Ok(if report.restored.is_complete() { super::GOOD } else { findings() })
+}
+
+fn text(report: &RecoveryReport) -> String {
+    let mut text = String::new();
+    if report.restored.knobs.is_empty() {
+        text += "nothing to restore\n";
+    }
+    for knob in &report.restored.knobs {
+        let _ = writeln!(text, "{}", OneLine(knob));
+    }
+    if report.earlier_boot > 0 {
+        let _ =
+            writeln!(text, "{} changed before the last boot: ended with it", report.earlier_boot);
+    }
+    for note in report.damaged.iter().chain(&report.restored.journal) {
+        let _ = writeln!(text, "note: {}", OneLine(note));
+    }
+    text
+}
