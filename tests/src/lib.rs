@@ -1,3 +1,4 @@
 //! Shared pieces of the root tests.
 
+pub mod knob;
 pub mod libvirtd;
