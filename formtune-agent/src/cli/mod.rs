@@ -2,6 +2,7 @@
 //! only reads arguments and prints.
 
 mod config;
+mod replay;
 mod restore;
 
 use clap::error::ErrorKind;
@@ -60,6 +61,13 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Print the plans that a recorded run leads to, the same each time
+    #[command(after_help = "\
+Examples:
+  formtune run --record night.trace
+  formtune replay night.trace
+  formtune replay night.trace --json > plans.jsonl")]
+    Replay(replay::Args),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(config::Command),
@@ -74,6 +82,7 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match cli.command {
+        Command::Replay(args) => replay::run(&cli.global, &args),
         Command::Config(command) => config::run(&cli.global, &command),
         Command::Restore(args) => restore::run(&cli.global, &args),
     };

@@ -2,7 +2,7 @@
 
 use super::ConfigError;
 use super::field::{Field, Section, nearest};
-use crate::sense::matches;
+use super::glob::matches;
 use formtune_core::policy::{Class, Indicator, Priority, Slo};
 use formtune_core::units::{ClassName, Nanos, VmId, Weight};
 use std::collections::BTreeMap;

@@ -5,6 +5,7 @@ mod classes;
 mod document;
 mod field;
 mod file;
+pub(crate) mod glob;
 mod guide;
 mod show;
 

@@ -42,7 +42,7 @@ fn what_is_shown_reads_back() {
         tick = "500ms"
         listen = "off"
         libvirt = "off"
-        cgroups = ["vms/{vm}"]
+        cgroups = ["vms/{name}"]
         default_class = "batch"
         mode.cpu_weight = "enforce"
         cpu.cooldown = "1500ms"
@@ -209,8 +209,8 @@ fn every_mistake_is_one_line_that_says_where_and_what() {
         "listen = \"0.0.0.0:19752\"",
         "libvirt = \"yes\"",
         "cgroups = [\"vms/*\"]",
-        "cgroups = \"vms/{vm}\"",
-        "cgroups = [\"../{vm}\"]",
+        "cgroups = \"vms/{name}\"",
+        "cgroups = [\"../{name}\"]",
         "[mode]\ncpu_wieght = \"enforce\"",
         "mode.cpu_weight = \"enforced\"",
         "[cpu]\ncool_down = \"3s\"",

@@ -1,5 +1,6 @@
 //! Where VMs are looked for.
 
+use crate::config::glob::matches;
 use formtune_core::units::VmId;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -22,21 +23,21 @@ impl Default for SenseConfig {
     }
 }
 
-/// A path pattern such as `vms.slice/vm-{vm}.scope`, relative to the root of the hierarchy
-/// that carries the `cpu` controller. `{vm}` stands for the VM's name (one or more
+/// A path pattern such as `vms.slice/vm-{name}.scope`, relative to the root of the hierarchy
+/// that carries the `cpu` controller. `{name}` stands for the VM's name (one or more
 /// characters, exactly once), `*` for any characters and `?` for one, within one component.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupPattern {
     components: Vec<String>,
 }
 
-const VM: &str = "{vm}";
+const VM: &str = "{name}";
 
 /// Why a pattern is none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CgroupPatternError {
-    /// No `{vm}`, or more than one.
-    #[error("cgroup pattern \"{0}\" must hold {{vm}} exactly once")]
+    /// No `{name}`, or more than one.
+    #[error("cgroup pattern \"{0}\" must hold {{name}} exactly once")]
     Vm(String),
     /// It leaves the hierarchy or is not relative.
     #[error("cgroup pattern \"{0}\" must be relative to the cgroup root, without \".\" and \"..\"")]
@@ -122,36 +123,6 @@ fn capture(before: &str, after: &str, name: &str) -> Option<String> {
     None
 }
 
-/// Whether `name` matches a pattern in which `*` stands for any characters and `?` for one.
-pub(crate) fn matches(pattern: &str, name: &str) -> bool {
-    let pattern: Vec<char> = pattern.chars().collect();
-    let name: Vec<char> = name.chars().collect();
-    let (mut p, mut n) = (0, 0);
-    // The last `*` seen and how much of the name it has taken; only that one needs retrying.
-    let mut star = None;
-    while n < name.len() {
-        match pattern.get(p) {
-            Some('*') => {
-                star = Some((p, n));
-                p += 1;
-            }
-            Some(&c) if c == '?' || c == name[n] => {
-                p += 1;
-                n += 1;
-            }
-            _ => match star {
-                Some((at, taken)) => {
-                    star = Some((at, taken + 1));
-                    p = at + 1;
-                    n = taken + 1;
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|&c| c == '*')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,23 +133,23 @@ mod tests {
 
     #[test]
     fn the_name_is_what_stands_for_vm() {
-        assert_eq!(vm("vms/{vm}", "vms/web-1").as_deref(), Some("web-1"));
-        assert_eq!(vm("vms/vm-{vm}.scope", "vms/vm-a.b.scope").as_deref(), Some("a.b"));
-        assert_eq!(vm("pool-*/{vm}", "pool-3/db").as_deref(), Some("db"));
-        assert_eq!(vm("qemu-*-{vm}", "qemu-12-web").as_deref(), Some("web"));
-        assert_eq!(vm("vms/{vm}/*", "vms/web/cell").as_deref(), Some("web"));
+        assert_eq!(vm("vms/{name}", "vms/web-1").as_deref(), Some("web-1"));
+        assert_eq!(vm("vms/vm-{name}.scope", "vms/vm-a.b.scope").as_deref(), Some("a.b"));
+        assert_eq!(vm("pool-*/{name}", "pool-3/db").as_deref(), Some("db"));
+        assert_eq!(vm("qemu-*-{name}", "qemu-12-web").as_deref(), Some("web"));
+        assert_eq!(vm("vms/{name}/*", "vms/web/cell").as_deref(), Some("web"));
     }
 
     #[test]
     fn other_cgroups_are_no_vms() {
         for cgroup in ["", "vms", "vms/a/b", "other/a", "vms/vm-.scope", "vms/vm-a.slice"] {
-            assert_eq!(vm("vms/vm-{vm}.scope", cgroup), None, "{cgroup}");
+            assert_eq!(vm("vms/vm-{name}.scope", cgroup), None, "{cgroup}");
         }
     }
 
     #[test]
     fn a_walk_enters_only_what_may_hold_a_vm() {
-        let pattern: CgroupPattern = "pool-*/{vm}/cell".parse().unwrap();
+        let pattern: CgroupPattern = "pool-*/{name}/cell".parse().unwrap();
         for cgroup in ["", "pool-1", "pool-1/web", "pool-1/web/cell"] {
             assert!(pattern.may_hold(Path::new(cgroup)), "{cgroup}");
         }
@@ -190,8 +161,8 @@ mod tests {
     #[test]
     fn a_pattern_without_a_name_is_refused() {
         assert!("vms/*".parse::<CgroupPattern>().is_err());
-        assert!("{vm}/{vm}".parse::<CgroupPattern>().is_err());
-        assert!("/sys/{vm}".parse::<CgroupPattern>().is_err());
-        assert!("../{vm}".parse::<CgroupPattern>().is_err());
+        assert!("{name}/{name}".parse::<CgroupPattern>().is_err());
+        assert!("/sys/{name}".parse::<CgroupPattern>().is_err());
+        assert!("../{name}".parse::<CgroupPattern>().is_err());
     }
 }

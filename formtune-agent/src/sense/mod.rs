@@ -2,5 +2,4 @@
 
 mod config;
 
-pub(crate) use config::matches;
 pub use config::{CgroupPattern, CgroupPatternError, SenseConfig};
