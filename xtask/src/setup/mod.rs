@@ -57,9 +57,13 @@ pub fn ensure(purposes: &[Purpose]) -> Result<()> {
         let missing = needs::missing(purposes);
         if !missing.is_empty() {
             install(&missing)?;
-            let still: Vec<_> = needs::missing(purposes).iter().map(|need| need.package).collect();
+            let still = self::missing(purposes);
             if !still.is_empty() {
-                bail!("still missing after the installation: {}", still.join(", "));
+                bail!(
+                    "still missing or too old after the installation: {}; are Debian's security \
+                     updates among apt's sources?",
+                    still.join(", ")
+                );
             }
         }
     }
@@ -72,7 +76,16 @@ pub fn ensure(purposes: &[Purpose]) -> Result<()> {
     Ok(())
 }
 
-/// Whether this process may install packages.
+/// Names of what is needed for `purposes` and is not there, as Debian calls it.
+pub fn missing(purposes: &[Purpose]) -> Vec<&'static str> {
+    needs::missing(purposes).iter().map(|need| need.package).collect()
+}
+
+/// Whether this process may install packages: root on Debian.
+pub fn can_install() -> bool {
+    is_root() && apt::codename().is_some()
+}
+
 fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }

@@ -17,6 +17,10 @@ use std::process::{Command, Stdio};
 /// cgroup v2 is at `/sys/fs/cgroup` with all controllers switched on for the first level.
 pub const INIT_PAYLOAD: &str = include_str!("init-payload.sh");
 
+/// An `/init` that mounts the first virtio disk, copies `/payload` to `/run/payload` there and
+/// hands over to its systemd.
+pub const INIT_ROOT: &str = include_str!("init-root.sh");
+
 /// What goes into an initramfs, built with [`Initramfs::write`].
 pub struct Initramfs<'a> {
     kernel: &'a Kernel,

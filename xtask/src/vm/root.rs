@@ -40,7 +40,7 @@ const MASKED: &[&str] = &[
 /// The unit that runs the payload and prints how it ended.
 const UNIT: &str = "[Unit]
 Description=The payload of this test machine
-After=multi-user.target libvirtd.socket
+After=dbus.service libvirtd.socket
 
 [Service]
 Type=oneshot
@@ -97,7 +97,7 @@ fn make(image: &Path, release: &str) -> Result<()> {
         std::os::unix::fs::symlink("/dev/null", link)?;
     }
     fs::write(units.join("payload.service"), UNIT)?;
-    let wants = units.join("default.target.wants");
+    let wants = units.join("multi-user.target.wants");
     fs::create_dir_all(&wants)?;
     std::os::unix::fs::symlink("../payload.service", wants.join("payload.service"))?;
     for autostart in ["etc/libvirt/qemu/networks/autostart/default.xml", "etc/fstab"] {

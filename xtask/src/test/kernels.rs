@@ -1,0 +1,221 @@
+//! Tier `vm`: one static program (tests/src/bin/vm_payload.rs) checks on each of Debian's
+//! kernels, with a real cgroup v2, that formtune loads, attributes, acts and restores.
+//!
+//! The results go to `target/kernels.json` and, as the README's table, to standard output.
+
+use super::Count;
+use crate::vm::initramfs::{INIT_PAYLOAD, Initramfs};
+use crate::vm::kernel::{self, Kernel};
+use crate::vm::run::{Ended, Machine, run as run_machine};
+use crate::{progress, sh};
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// The target that the static program is built for; naming it keeps its files apart.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What precedes a result on the machine's console.
+const MARK: &str = "CHECK ";
+
+/// A machine takes 10 to 40 s.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// One check, as the payload prints it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Check {
+    /// e.g. `attributes`.
+    check: String,
+    ok: bool,
+    /// What was measured, or what went wrong.
+    detail: String,
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = if self.ok { "ok" } else { "FAILED" };
+        write!(f, "{}: {verdict}, {}", self.check, self.detail)
+    }
+}
+
+/// All checks on one kernel.
+#[derive(Debug, Serialize)]
+struct Checked {
+    kernel: String,
+    seconds: f64,
+    checks: Vec<Check>,
+}
+
+/// Builds the payload and runs it on every kernel.
+pub fn run() -> Result<Count> {
+    let payload = build()?;
+    let mut count = Count::default();
+    let mut all = Vec::new();
+    for series in kernel::TESTED {
+        let kernel = kernel::get(*series)?;
+        match run_on(&kernel, series.name(), &payload) {
+            Ok((checked, counted)) => {
+                count.add(counted);
+                all.push(checked);
+            }
+            // Another kernel may still do.
+            Err(error) => {
+                count.failed += 1;
+                count.notes.push(format!("{error:#}"));
+            }
+        }
+    }
+    let path = sh::target().join("kernels.json");
+    fs::write(&path, serde_json::to_vec_pretty(&all)?)
+        .with_context(|| format!("failed to write {}", path.display()))?;
+    println!("{}", table(&all));
+    Ok(count)
+}
+
+/// Builds the static program; returns its file.
+fn build() -> Result<PathBuf> {
+    progress::run(
+        "building the static test program",
+        "build-static",
+        Command::new("cargo")
+            .current_dir(sh::root())
+            .args(["build", "--package", "formtune-tests", "--bin", "vm_payload"])
+            .args(["--no-default-features", "--target", TARGET])
+            .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static"),
+    )?;
+    let file = sh::target().join(TARGET).join("debug/vm_payload");
+    if !file.is_file() {
+        bail!("cargo left no {}", file.display());
+    }
+    Ok(file)
+}
+
+/// Runs the payload on one kernel.
+fn run_on(kernel: &Kernel, name: &str, payload: &Path) -> Result<(Checked, Count)> {
+    let folder = tempfile::tempdir_in(sh::target())?;
+    let file = folder.path().join("initramfs");
+    let mut initramfs = Initramfs::new(kernel, INIT_PAYLOAD)?;
+    initramfs.copy("payload/run", payload)?;
+    initramfs.write(&file)?;
+    let ended = run_machine(&Machine {
+        name: &format!("kernel-{name}"),
+        kernel,
+        initramfs: &file,
+        memory: 1024,
+        append: "",
+        devices: &[],
+        limit: LIMIT,
+    })?;
+    let checks =
+        checks(&ended.console).with_context(|| format!("results in {}", ended.log.display()))?;
+    let count = judge(&kernel.release, &checks, &ended);
+    let seconds = ended.elapsed.as_secs_f64();
+    Ok((Checked { kernel: kernel.release.clone(), seconds, checks }, count))
+}
+
+/// Counts the checks of one machine. A machine whose exit status does not fit its checks, or that
+/// made none, is one more failure.
+pub fn judge(machine: &str, checks: &[Check], ended: &Ended) -> Count {
+    let mut count = Count::default();
+    for check in checks {
+        if check.ok {
+            count.passed += 1;
+        } else {
+            count.failed += 1;
+            count.notes.push(format!("failed on {machine}: {check}"));
+        }
+    }
+    if checks.is_empty() || (ended.status != 0) != (count.failed > 0) {
+        count.failed += 1;
+        count.notes.push(format!(
+            "on {machine} the test program ended with {} after {} checks",
+            ended.status,
+            checks.len(),
+        ));
+    }
+    if count.failed > 0 {
+        count.notes.push(progress::tail(&ended.log, 20));
+    }
+    count
+}
+
+/// The results on a console.
+pub fn checks(console: &str) -> Result<Vec<Check>> {
+    console
+        .lines()
+        .filter_map(|line| line.split_once(MARK))
+        .map(|(_, json)| {
+            serde_json::from_str(json.trim()).with_context(|| format!("not a result: {json}"))
+        })
+        .collect()
+}
+
+/// Kernels × checks, in Markdown.
+fn table(all: &[Checked]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for check in all.iter().flat_map(|checked| &checked.checks) {
+        if !names.contains(&check.check.as_str()) {
+            names.push(&check.check);
+        }
+    }
+    let mut lines = vec![
+        format!("| kernel | {} |", names.join(" | ")),
+        format!("| --- |{}", " --- |".repeat(names.len())),
+    ];
+    for checked in all {
+        // `7.3.4` of `7.3.4+deb13-cloud-amd64`
+        let version = checked.kernel.split(['+', '-']).next().unwrap_or(&checked.kernel);
+        let cells: Vec<&str> = names
+            .iter()
+            .map(|name| match checked.checks.iter().find(|check| check.check == *name) {
+                Some(check) if check.ok => "yes",
+                Some(_) => "**no**",
+                None => "–",
+            })
+            .collect();
+        lines.push(format!("| {version} | {} |", cells.join(" | ")));
+    }
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Check, Checked, checks, table};
+
+    #[test]
+    fn results_are_read_off_a_console_between_kernel_messages() {
+        let console = "[ 2.1] CHECK {\"check\":\"loads\",\"ok\":true,\"detail\":\"0.2 s\"}\r\n\
+            [    3.0] random: crng init done\r\nCHECK {\"check\":\"acts\",\"ok\":false,\
+            \"detail\":\"ratio 1.0\"}\r\nVMEXIT:1\r\n";
+        let found = checks(console).unwrap();
+        assert_eq!(found.len(), 2);
+        assert!(found[0].ok && !found[1].ok);
+        assert!(checks("CHECK {broken\n").is_err());
+    }
+
+    #[test]
+    fn the_table_tells_failed_from_not_reached() {
+        let check = |name: &str, ok| Check { check: name.to_owned(), ok, detail: String::new() };
+        let all = [
+            Checked {
+                kernel: "5.10.0-32-cloud-amd64".to_owned(),
+                seconds: 1.0,
+                checks: vec![check("loads", true), check("acts", false)],
+            },
+            Checked {
+                kernel: "7.3.4+deb13-cloud-amd64".to_owned(),
+                seconds: 1.0,
+                checks: vec![check("loads", true)],
+            },
+        ];
+        assert_eq!(
+            table(&all),
+            "| kernel | loads | acts |\n| --- | --- | --- |\n\
+             | 5.10.0 | yes | **no** |\n| 7.3.4 | yes | – |"
+        );
+    }
+}
