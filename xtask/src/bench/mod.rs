@@ -1,5 +1,9 @@
 //! `cargo xtask bench NAME --json FILE`: figures, each with a peer or a floor in one run.
 
+mod agent;
+mod load;
+mod reaction;
+
 use crate::figure::{self, Figure};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -17,7 +21,8 @@ pub struct Args {
 }
 
 /// A benchmark's name and what it measures. New benchmarks go here.
-const BENCHES: &[(&str, fn() -> Result<Vec<Figure>>)] = &[];
+const BENCHES: &[(&str, fn() -> Result<Vec<Figure>>)] =
+    &[("reaction", reaction::run), ("agent", agent::run)];
 
 /// Runs one or all; exit code 0 when it could be measured, met or not.
 pub fn run(args: Args) -> Result<ExitCode> {

@@ -25,10 +25,8 @@ pub struct Image {
 pub struct Guest<'a> {
     /// Its libvirt name.
     pub name: &'a str,
-    /// Virtual CPUs.
-    pub vcpus: usize,
-    /// The host's CPUs it may run on, as libvirt writes sets, e.g. `0-7`.
-    pub cpuset: Option<String>,
+    /// The host's CPU that all of its threads are kept on.
+    pub cpu: usize,
     /// Settings of the guest program, for the kernel's command line.
     pub settings: &'a str,
 }
@@ -91,6 +89,11 @@ impl Domain {
     /// The file with all it printed so far.
     pub fn console(&self) -> &Path {
         &self.console
+    }
+
+    /// The cgroup of the guest as a whole.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
     }
 
     /// Stops its virtual CPUs.
@@ -198,18 +201,16 @@ fn vm_cgroup(pid: i32) -> Result<PathBuf> {
 }
 
 fn definition(image: &Image, guest: &Guest<'_>, console: &Path) -> String {
-    let (kind, cpu) = if image.kvm { ("kvm", "host-passthrough") } else { ("qemu", "maximum") };
-    let cpuset =
-        guest.cpuset.as_ref().map_or_else(String::new, |set| format!(" cpuset='{}'", escape(set)));
+    let (kind, model) = if image.kvm { ("kvm", "host-passthrough") } else { ("qemu", "maximum") };
     format!(
         "<domain type='{kind}'>
  <name>{name}</name><memory unit='MiB'>192</memory>
- <vcpu placement='static'{cpuset}>{vcpus}</vcpu>
+ <vcpu placement='static' cpuset='{cpu}'>1</vcpu>
  <os><type arch='x86_64' machine='q35'>hvm</type>
   <kernel>{vmlinux}</kernel><initrd>{initrd}</initrd>
   <cmdline>console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr no_timer_check {settings}</cmdline>
  </os>
- <features><acpi/></features><cpu mode='{cpu}'/>
+ <features><acpi/></features><cpu mode='{model}'/>
  <on_reboot>destroy</on_reboot>
  <devices><emulator>{qemu}</emulator>
   <controller type='usb' model='none'/><memballoon model='none'/>
@@ -218,7 +219,7 @@ fn definition(image: &Image, guest: &Guest<'_>, console: &Path) -> String {
 </domain>
 ",
         name = escape(guest.name),
-        vcpus = guest.vcpus,
+        cpu = guest.cpu,
         vmlinux = escape(&image.vmlinux.to_string_lossy()),
         initrd = escape(&image.initrd.to_string_lossy()),
         settings = escape(guest.settings),

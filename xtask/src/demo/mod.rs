@@ -33,9 +33,6 @@ const MEASURE: Duration = Duration::from_secs(20);
 const SETTLE: Duration = Duration::from_secs(4);
 /// The same after the start of enforcing: formtune has to notice, act and verify.
 const SETTLE_ENFORCED: Duration = Duration::from_secs(15);
-/// A neighbour has one virtual CPU for each of the host's, up to this many; on a larger host
-/// all guests are kept on as many CPUs. Spinning on more would only add heat.
-const CPUS: usize = 8;
 
 const VICTIM: &str = "demo-victim";
 const NEIGHBOURS: [&str; 2] = ["demo-noisy-1", "demo-noisy-2"];
@@ -130,42 +127,35 @@ fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
     Ok(Report::new(image.kvm, columns, not_restored))
 }
 
-/// How the guests are laid out on this host.
+/// How the guests are laid out on this host: all of them on its last CPU. That is the same
+/// contention on a small and on a large host, and it leaves the other CPUs to everybody else.
 struct Host {
     online: usize,
-    /// Of those, the ones the guests may use.
-    used: usize,
 }
 
 impl Host {
     fn new() -> Result<Self> {
-        let online = std::thread::available_parallelism().context("CPUs")?.get();
-        Ok(Self { online, used: online.min(CPUS) })
+        Ok(Self { online: std::thread::available_parallelism().context("CPUs")?.get() })
     }
 
-    fn cpuset(&self) -> Option<String> {
-        (self.used < self.online).then(|| format!("0-{}", self.used - 1))
+    fn cpu(&self) -> usize {
+        self.online - 1
     }
 
     fn explain(&self, kvm: bool) -> String {
-        let accelerator = if kvm { "KVM" } else { "TCG (no usable KVM here)" };
+        let accelerator = if kvm { "KVM" } else { "TCG, as there is no usable KVM" };
         format!(
-            "3 guests under {accelerator}. The victim runs 1 ms of work every 5 ms on 1 virtual\n\
-             CPU; each of 2 neighbours spins on {used}, so that all {used} CPUs{of} are wanted\n\
-             by two spinners each. All start with the same weight.",
-            used = self.used,
-            of = if self.used < self.online {
-                format!(" (of {}) that the guests may use", self.online)
-            } else {
-                " of the host".to_owned()
-            },
+            "Three guests ({accelerator}), one virtual CPU each, all of them on\n\
+             CPU {} of the host and with the same weight. The victim has 1 ms of work every\n\
+             10 ms; its two neighbours never sleep.",
+            self.cpu()
         )
     }
 
     /// The agent's configuration: who is who, and how far it may go.
     fn settings(&self, libvirtd: &libvirtd::Libvirtd, folder: &Path, mode: &str) -> String {
-        // Where the guests fill only some CPUs, the host as a whole never looks busy.
-        let relax_below_busy = 0.7 * self.used as f64 / self.online as f64;
+        // Guests that fill only one CPU never make the host as a whole look busy.
+        let relax_below_busy = 0.7 / self.online as f64;
         format!(
             "listen = 'off'
 libvirt = '{uri}'
@@ -182,7 +172,7 @@ slo = 'off'
 floor_ratio = 1.0
 ceiling_ratio = 1.0
 
-# 1 ms of work is due every 5 ms: waiting longer than 1 ms for a CPU hurts.
+# 1 ms of work is due every 10 ms: waiting longer than 1 ms for a CPU hurts.
 [classes.latency]
 priority = 'high'
 slo = {{ threshold = '1ms' }}
@@ -220,14 +210,14 @@ fn start_guests(
     let consoles = folder.join("console");
     fs::create_dir_all(&consoles)?;
     let mut step = progress::Step::start("booting three guests");
-    let boot = |name: &str, vcpus, settings| {
-        let guest = Guest { name, vcpus, cpuset: host.cpuset(), settings };
+    let boot = |name: &str, settings| {
+        let guest = Guest { name, cpu: host.cpu(), settings };
         Domain::start(libvirtd, image, &guest, consoles.join(format!("{name}.log")))
     };
-    let victim = boot(VICTIM, 1, "role=victim period_us=5000 work_us=1000 report_ms=1000")?;
+    let victim = boot(VICTIM, "role=victim period_us=10000 work_us=1000 report_ms=1000")?;
     let mut neighbours = Vec::new();
     for name in NEIGHBOURS {
-        neighbours.push(boot(name, host.used, "role=neighbour report_ms=1000")?);
+        neighbours.push(boot(name, "role=neighbour report_ms=1000")?);
     }
     let all: Vec<&Domain> = [&victim].into_iter().chain(&neighbours).collect();
     phase::wait_for_reports(&all, || step.tick())?;
@@ -268,8 +258,11 @@ fn differences(before: &[(String, Knobs)], after: &[(String, Knobs)]) -> Vec<Str
     lines
 }
 
-/// Held as long as the file is open.
-fn lock(folder: &Path) -> Result<nix::fcntl::Flock<fs::File>> {
+/// One demo or benchmark per folder: held as long as the file is open.
+///
+/// # Errors
+/// When somebody else holds it.
+pub fn lock(folder: &Path) -> Result<nix::fcntl::Flock<fs::File>> {
     let file = fs::File::create(folder.join("lock"))?;
     nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
         anyhow::anyhow!("another demo or benchmark is running in {}", folder.display())

@@ -1,0 +1,158 @@
+//! What the agent itself costs: CPU time and resident memory over a minute, with three real
+//! VMs and with a thousand idle VM-shaped cgroups.
+
+use super::load::Cgroups;
+use crate::demo::agent::{self, Agent};
+use crate::demo::domain::{Domain, Guest};
+use crate::demo::libvirtd::Libvirtd;
+use crate::demo::{image, interrupt};
+use crate::figure::Figure;
+use crate::{progress, sh};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+const MINUTE: Duration = Duration::from_secs(60);
+/// Start-up and finding the VMs is not what is measured.
+const WARM_UP: Duration = Duration::from_secs(5);
+/// Stretches of the minute, for an interval: the spread between them.
+const STRETCHES: u32 = 12;
+const MANY: usize = 1_000;
+
+/// Measures all four figures.
+///
+/// # Errors
+/// When the load cannot be set up or the agent fails.
+pub fn run() -> Result<Vec<Figure>> {
+    interrupt::catch()?;
+    let program = agent::build()?;
+    let mut figures = three_vms(&program)?;
+    figures.extend(many_vms(&program)?);
+    Ok(figures)
+}
+
+/// A periodic guest and two that spin, as in the demo, in enforce.
+fn three_vms(program: &Path) -> Result<Vec<Figure>> {
+    let folder = sh::target().join("demo");
+    fs::create_dir_all(&folder)?;
+    let _only_one = crate::demo::lock(&folder)?;
+    let image = image::prepare(&folder)?;
+    let libvirtd = Rc::new(Libvirtd::start(&folder.join("libvirt"))?);
+    let cpu = std::thread::available_parallelism()?.get() - 1;
+    let mut guests = Vec::new();
+    for (name, settings) in [
+        ("bench-victim", "role=victim period_us=10000 work_us=1000"),
+        ("bench-noisy-1", "role=neighbour"),
+        ("bench-noisy-2", "role=neighbour"),
+    ] {
+        let console = folder.join(format!("{name}.log"));
+        guests.push(Domain::start(&libvirtd, &image, &Guest { name, cpu, settings }, console)?);
+    }
+    let settings = format!(
+        "listen = 'off'\nlibvirt = '{}'\nmode.cpu_weight = 'enforce'\n\
+         [classes.latency]\npriority = 'high'\nslo = {{ threshold = '1ms' }}\n\
+         [classes.default]\nslo = 'off'\nfloor_ratio = 1.0\nceiling_ratio = 1.0\n\
+         [classes.batch]\npriority = 'low'\nslo = 'off'\nfloor_ratio = 0.02\n\
+         [[rules]]\nvms = ['bench-victim']\nclass = 'latency'\n\
+         [[rules]]\nvms = ['bench-noisy-*']\nclass = 'batch'\n",
+        libvirtd.uri()
+    );
+    let agent = Agent::start(program, &folder.join("bench"), &settings)?;
+    let usage = usage("3 VMs", &agent, 3)?;
+    agent.stop()?;
+    drop(guests);
+    Ok(usage.figures("3_vms", "ours <= 0.5", "ours <= 32"))
+}
+
+/// Idle ones: a process that sleeps for ever in each cgroup.
+fn many_vms(program: &Path) -> Result<Vec<Figure>> {
+    let guest = image::guest_program()?;
+    let folder = tempfile::Builder::new().prefix("formtune-bench-").tempdir()?;
+    let cgroups = Cgroups::new()?;
+    let mut step = progress::Step::start(format!("making {MANY} idle cgroups"));
+    let mut loads = Vec::new();
+    for number in 1..=MANY {
+        let vm = cgroups.vm(number, &format!("idle-{number}"))?;
+        loads.push(vm.spawn(&guest, &[("role", "idle")], None)?);
+        interrupt::check()?;
+        step.tick();
+    }
+    step.end("done");
+    let settings = format!(
+        "listen = 'off'\nlibvirt = 'off'\ncgroups = ['{}']\nmax_vms = 1024\n\
+         mode.cpu_weight = 'enforce'\n",
+        cgroups.pattern()
+    );
+    let agent = Agent::start(program, folder.path(), &settings)?;
+    let usage = usage("1,000 idle cgroups", &agent, MANY)?;
+    agent.stop()?;
+    drop(loads);
+    Ok(usage.figures("1000_vms", "ours <= 2", "ours <= 48"))
+}
+
+/// Per stretch: per cent of one core, and MiB at its end.
+struct Usage {
+    cpu_pct: Vec<f64>,
+    rss_mib: Vec<f64>,
+}
+
+impl Usage {
+    fn figures(&self, load: &str, cpu: &str, rss: &str) -> Vec<Figure> {
+        let figure = |name: String, unit, values: &[f64], target| {
+            Figure::measured(&name, unit, values, None, None, Some(target))
+        };
+        vec![
+            figure(format!("agent.cpu_{load}"), "% of core", &self.cpu_pct, cpu),
+            figure(format!("agent.rss_{load}"), "MiB", &self.rss_mib, rss),
+        ]
+    }
+}
+
+fn usage(label: &str, agent: &Agent, vms: usize) -> Result<Usage> {
+    let mut step = progress::Step::start(format!("agent with {label}: one minute"));
+    interrupt::wait(WARM_UP, || step.tick())?;
+    let seen = vms_seen(agent)?;
+    if seen < vms {
+        bail!("formtune sees {seen} of {vms} VMs");
+    }
+    let (mut cpu_pct, mut rss_mib) = (Vec::new(), Vec::new());
+    for _ in 0..STRETCHES {
+        let (from, used) = (agent::monotonic()?, cpu_ns(agent.pid())?);
+        interrupt::wait(MINUTE / STRETCHES, || step.tick())?;
+        let length = agent::monotonic()?.since(from).0;
+        cpu_pct.push((cpu_ns(agent.pid())? - used) as f64 / length as f64 * 100.0);
+        rss_mib.push(rss_mib_of(agent.pid())?);
+    }
+    step.end("done");
+    Ok(Usage { cpu_pct, rss_mib })
+}
+
+/// VMs whose run-queue waits it measures.
+fn vms_seen(agent: &Agent) -> Result<usize> {
+    let metrics = agent.get("/metrics")?;
+    let count = |line: &&str| line.starts_with("formtune_vm_runqueue_latency_seconds_count{");
+    Ok(metrics.lines().filter(count).count())
+}
+
+/// CPU time of all threads: the first field of each `schedstat`, nanoseconds.
+fn cpu_ns(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).context("formtune is gone")? {
+        let path = thread?.path().join("schedstat");
+        // A thread that ended meanwhile takes its few microseconds with it.
+        let Ok(text) = fs::read_to_string(&path) else { continue };
+        let field = text.split_whitespace().next().unwrap_or_default();
+        sum +=
+            field.parse::<u64>().with_context(|| format!("{} holds {text:?}", path.display()))?;
+    }
+    Ok(sum)
+}
+
+fn rss_mib_of(pid: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).context("formtune is gone")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().context("VmRSS")?;
+    Ok(kib / 1024.0)
+}
