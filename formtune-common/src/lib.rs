@@ -2,4 +2,7 @@
 //! beyond the bucket arithmetic that both sides must share.
 #![no_std]
 
+#[cfg(test)]
+extern crate std;
+
 pub mod runq;

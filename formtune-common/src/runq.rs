@@ -25,6 +25,46 @@ pub const fn bucket(ns: u64) -> u32 {
     (exp - SUB_BITS + 1) * 16 + sub
 }
 
+/// The same, for the kernel side: BPF has no instruction that counts leading zeros, and
+/// what LLVM makes of `leading_zeros` costs as much as the rest of the probe. `log2`
+/// looks up [`LOG2`], and is asked for indices below 256 only.
+///
+/// Written for the verifier, too: each value it has to bound is masked or compared where it
+/// is used, as Linux 5.10 does not connect a copy with what is learnt of its original. All
+/// is 64 bits wide, as BPF cpu v2 has no 32-bit arithmetic.
+#[inline(always)]
+pub fn bucket_by_table(ns: u64, log2: impl Fn(u64) -> u64) -> u64 {
+    // `top` keeps the leading bit and the four after it, at least, in twelve bits.
+    let (top, dropped) = if ns < 1 << 12 {
+        (ns, 0)
+    } else if ns < 1 << 20 {
+        (ns >> 8, 8)
+    } else if ns < 1 << 28 {
+        (ns >> 16, 16)
+    } else if ns < 1 << 36 {
+        (ns >> 24, 24)
+    } else if ns < 1 << (MAX_EXP + 1) {
+        return ((MAX_EXP - SUB_BITS + 1) as u64 * 16) + (ns >> 32 & 15);
+    } else {
+        return BUCKETS as u64 - 1;
+    };
+    let shift = log2(top >> 4) & 7;
+    // The leading bit, if it is there, adds the 16 by which the second half of the first 32
+    // buckets differs from the first. A sum, as the verifier's bounds survive no `|`.
+    ((dropped + shift) << 4) + (top >> shift & 31)
+}
+
+/// Binary logarithms, rounded down, of 1..=255; 0 of 0.
+pub const LOG2: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut n = 1;
+    while n < 256 {
+        table[n] = n.ilog2() as u8;
+        n += 1;
+    }
+    table
+};
+
 /// Smallest value of a bucket, nanoseconds.
 pub const fn lower_bound(bucket: u32) -> u64 {
     if bucket < 16 {
@@ -77,3 +117,54 @@ unsafe impl aya::Pod for Row {}
 // SAFETY: as above.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for TableEntry {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hdrhistogram::Histogram;
+    use proptest::prelude::*;
+
+    fn by_table(ns: u64) -> u64 {
+        bucket_by_table(ns, |n| LOG2[n as usize].into())
+    }
+
+    #[test]
+    fn bounds_meet_without_gaps() {
+        for b in 0..BUCKETS as u32 {
+            for ns in [lower_bound(b), upper_bound(b)] {
+                assert_eq!(bucket(ns), b);
+                assert_eq!(by_table(ns), b.into());
+            }
+            assert_eq!(upper_bound(b) + 1, lower_bound(b + 1));
+        }
+        assert_eq!(bucket(u64::MAX), BUCKETS as u32 - 1);
+        assert_eq!(by_table(u64::MAX), BUCKETS as u64 - 1);
+    }
+
+    proptest! {
+        #[test]
+        fn error_is_at_most_one_sixteenth(exp in 0u32..37, rest in any::<u64>()) {
+            let ns = (1 << exp) | (rest & ((1 << exp) - 1));
+            let b = bucket(ns);
+            prop_assert!(lower_bound(b) <= ns && ns <= upper_bound(b));
+            let width = upper_bound(b) - lower_bound(b) + 1;
+            prop_assert!(width == 1 || width * 16 <= lower_bound(b));
+        }
+
+        #[test]
+        fn both_ways_agree(exp in 0u32..64, rest in any::<u64>()) {
+            let ns = (1 << exp) | (rest & ((1u64 << exp) - 1));
+            prop_assert_eq!(by_table(ns), u64::from(bucket(ns)));
+        }
+
+        /// An independent implementation: with one significant digit HdrHistogram keeps 32
+        /// values below 32 and 16 per power of two above, as here.
+        #[test]
+        fn buckets_are_those_of_hdrhistogram(exp in 0u32..37, rest in any::<u64>()) {
+            let ns = (1 << exp) | (rest & ((1 << exp) - 1));
+            let histogram = Histogram::<u64>::new_with_bounds(1, 1 << 40, 1).unwrap();
+            prop_assert_eq!(histogram.lowest_equivalent(ns), lower_bound(bucket(ns)));
+            prop_assert_eq!(histogram.highest_equivalent(ns), upper_bound(bucket(ns)));
+        }
+    }
+}

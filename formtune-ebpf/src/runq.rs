@@ -12,7 +12,7 @@ use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap};
 use aya_ebpf::programs::BtfTracePointContext;
 use core::ptr::{read_volatile, write_volatile};
-use formtune_common::runq::{BUCKETS, Row, TableEntry, bucket};
+use formtune_common::runq::{BUCKETS, LOG2, Row, TableEntry, bucket_by_table};
 
 // Lengths are those of a small node; the agent sets them for the node it is on.
 
@@ -35,6 +35,9 @@ static ROWS_PER_SLOT: Constant = Constant::new();
 /// 1: tasks are known by their cgroup in the v1 hierarchy of `cpu`; 0: in the v2 hierarchy.
 #[unsafe(no_mangle)]
 static CPU_ON_V1: Constant = Constant::new();
+
+/// In `.rodata`.
+static LOGARITHMS: [u8; 256] = LOG2;
 
 #[unsafe(no_mangle)]
 static TASK_LAST_QUEUED: Constant = Constant::new();
@@ -89,14 +92,18 @@ fn count(ctx: &BtfTracePointContext) -> Option<()> {
         if last_queued == 0 || clock < last_queued {
             bump(&raw mut (*row).discarded);
             #[cfg(feature = "log")]
-            aya_log_ebpf::debug!(ctx, "run queue clock {} after {}", clock, last_queued);
+            log_discarded(ctx, clock, last_queued);
             return None;
         }
         let wait = clock - last_queued;
-        let bucket = bucket(wait) as usize;
-        if bucket < BUCKETS {
-            bump((&raw mut (*row).buckets).cast::<u32>().add(bucket));
+        // Volatile, so that the compiler cannot tell what comes out and leaves the masks
+        // that the verifier needs.
+        let log2 = |n| u64::from(read_volatile(&raw const LOGARITHMS[n as usize & 255]));
+        let bucket = bucket_by_table(wait, log2) as usize;
+        if bucket >= BUCKETS {
+            return None;
         }
+        bump((&raw mut (*row).buckets).cast::<u32>().add(bucket));
         let wait_ns = &raw mut (*row).wait_ns;
         write_volatile(wait_ns, read_volatile(wait_ns) + wait);
         bump(&raw mut (*row).count);
@@ -140,4 +147,12 @@ fn slot(id: u64) -> Option<u32> {
 unsafe fn bump(counter: *mut u32) {
     // SAFETY: points into a map value, as the verifier checks.
     unsafe { write_volatile(counter, read_volatile(counter).wrapping_add(1)) }
+}
+
+/// Out of line: formatting is many times the size of the probe.
+#[cfg(feature = "log")]
+#[cold]
+#[inline(never)]
+fn log_discarded(ctx: &BtfTracePointContext, clock: u64, last_queued: u64) {
+    aya_log_ebpf::debug!(ctx, "run queue clock {}, queued at {}", clock, last_queued);
 }

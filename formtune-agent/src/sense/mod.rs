@@ -1,5 +1,367 @@
-//! Reads the node and never writes.
+//! What is read: the probe's counters, the VMs there are, their CPU time. Reads, never
+//! writes (but for the probe's own maps).
+//!
+//! A thread watches for VMs ([`discover`]); [`Sense::sample`] takes what it found, gives each
+//! VM a slot of the probe's map, reads the counters, and is the only one to touch either.
 
+pub mod btf;
+pub mod cgroup;
 mod config;
+mod discover;
+mod health;
+pub mod inventory;
+mod libvirt_names;
+pub mod probes;
+mod runq;
+mod slots;
+mod table;
+mod usage;
 
 pub use config::{CgroupPattern, CgroupPatternError, SenseConfig};
+pub use health::{ProbeHealth, ProbeState};
+pub use runq::RunqTotals;
+
+use crate::hypervisor::{Domain, Hypervisor};
+use crate::vm::{Owner, Vm};
+use cgroup::{CgroupError, Hierarchies};
+use discover::{Discovery, Found};
+use formtune_core::sample::{HostSample, RunqInterval};
+use formtune_core::units::{Nanos, VmId};
+use inventory::{Change, Group, Tree};
+use slots::Slots;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use usage::{HostCpu, UsageReader};
+
+/// Why nothing can be sensed at all. A probe that cannot be loaded is not among these: see
+/// [`ProbeHealth`].
+#[derive(Debug, thiserror::Error)]
+pub enum SenseError {
+    /// No hierarchy with the `cpu` controller.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// Not enough rights.
+    #[error(
+        "missing {0}: loading the run-queue probe needs CAP_BPF and CAP_PERFMON (or \
+         CAP_SYS_ADMIN); run as root, or grant them with AmbientCapabilities= or setcap"
+    )]
+    Capability(String),
+    /// No thread for discovery.
+    #[error("failed to start the discovery thread: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
+/// One reading of the node.
+#[derive(Debug)]
+pub struct Reading {
+    /// The node as a whole.
+    pub host: HostSample,
+    /// Every VM known now.
+    pub vms: BTreeMap<VmId, VmReading>,
+    /// VMs that were not in the reading before.
+    pub appeared: Vec<VmId>,
+    /// VMs that were, and are no longer. One that was started again under its name is in
+    /// both.
+    pub gone: Vec<VmId>,
+}
+
+/// One VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VmReading {
+    /// Waits since the reading before; `None` if it is not measured.
+    pub runq: Option<RunqInterval>,
+    /// Cumulative CPU time, nanoseconds; renewed at most once per second.
+    pub cpu_usage_ns: Option<u64>,
+    /// Cumulative time throttled by its own quota, nanoseconds; renewed likewise.
+    pub throttled_ns: Option<u64>,
+}
+
+/// How long a cgroup of libvirt's waits to be claimed by a domain, before it is taken for
+/// one of a libvirtd that is not connected.
+const CLAIM: Nanos = Nanos::from_millis(500);
+
+/// Discarded switches in one reading, and their share of all, from which on the counts
+/// cannot be relied on.
+const DISCARDED_MIN: u64 = 10;
+const DISCARDED_SHARE: f64 = 0.01;
+
+/// The senses, running.
+pub struct Sense {
+    hierarchies: Hierarchies,
+    slots: Slots,
+    discovery: Discovery,
+    has_hypervisor: bool,
+    domains: Vec<Domain>,
+    tracked: BTreeMap<PathBuf, Tracked>,
+    paths: BTreeMap<VmId, PathBuf>,
+    vms: BTreeMap<VmId, Arc<Vm>>,
+    host_cpu: HostCpu,
+    health: ProbeHealth,
+}
+
+struct Tracked {
+    group: Group,
+    slot: slots::Slot,
+    totals: RunqTotals,
+    usage: UsageReader,
+    found_at: Nanos,
+    /// `None` until it is clear whose it is.
+    vm: Option<Arc<Vm>>,
+}
+
+impl Sense {
+    /// Finds the hierarchies, loads the probe, finds the VMs there are.
+    ///
+    /// # Errors
+    /// [`SenseError`]. If the probe cannot be loaded all else works, every reading is marked
+    /// blind, and [`Sense::health`] says why.
+    pub fn open(config: &SenseConfig, hypervisor: Option<Hypervisor>) -> Result<Self, SenseError> {
+        let missing = missing_capabilities();
+        if !missing.is_empty() {
+            return Err(SenseError::Capability(missing.join(" and ")));
+        }
+        let hierarchies = Hierarchies::find(&config.cgroup_root)?;
+        raise_limits();
+        let (slots, runq) = Slots::open(hierarchies.version, config.max_vms);
+        let has_hypervisor = hypervisor.is_some();
+        let tree = Tree::new(&hierarchies.cpu, &config.patterns);
+        let discovery = Discovery::start(tree, hypervisor).map_err(SenseError::Thread)?;
+        let health = ProbeHealth {
+            runq,
+            hierarchies: hierarchies.clone(),
+            slots: slots.total(),
+            slots_used: 0,
+            not_measured: 0,
+            cgroups: 0,
+            cgroups_not_measured: 0,
+            cgroups_spilled: 0,
+            map_bytes: slots.map_bytes(),
+            counted: 0,
+            discarded: 0,
+            domains_without_cgroup: 0,
+        };
+        Ok(Self {
+            hierarchies,
+            slots,
+            discovery,
+            has_hypervisor,
+            domains: Vec::new(),
+            tracked: BTreeMap::new(),
+            paths: BTreeMap::new(),
+            vms: BTreeMap::new(),
+            host_cpu: HostCpu::open(),
+            health,
+        })
+    }
+
+    /// Applies what discovery found, then reads all counters. `now` is `CLOCK_MONOTONIC`.
+    /// Never waits for libvirt.
+    pub fn sample(&mut self, now: Nanos) -> Reading {
+        let (mut appeared, mut gone) = (Vec::new(), Vec::new());
+        self.slots.recycle(now);
+        for found in self.discovery.take().collect::<Vec<_>>() {
+            match found {
+                Found::Domains(domains) => self.domains = domains,
+                Found::Change(Change::Appeared(group, ids)) => self.track(group, &ids, now),
+                Found::Change(Change::Regrouped(group, ids)) => {
+                    if let Some(tracked) = self.tracked.get_mut(&group.path) {
+                        self.slots.regroup(&mut tracked.slot, &ids);
+                        tracked.group = group;
+                    }
+                }
+                Found::Change(Change::Gone(path)) => gone.extend(self.untrack(&path, now)),
+            }
+        }
+        self.identify(now, &mut appeared, &mut gone);
+        for tracked in self.tracked.values_mut() {
+            self.slots.ensure(&mut tracked.slot);
+        }
+        let (vms, blind) = self.read(now);
+        self.slots.flush_log();
+        self.update_health();
+        let (cpus, cpu_busy_ns) = self.host_cpu.read();
+        Reading { host: HostSample { cpus, cpu_busy_ns, blind }, vms, appeared, gone }
+    }
+
+    /// Every VM known at the last reading.
+    pub fn vms(&self) -> &BTreeMap<VmId, Arc<Vm>> {
+        &self.vms
+    }
+
+    /// A VM's waits since it was first seen; `None` if it is not measured.
+    pub fn runq(&self, vm: &VmId) -> Option<&RunqTotals> {
+        let tracked = self.tracked.get(self.paths.get(vm)?)?;
+        tracked.slot.is_measured().then_some(&tracked.totals)
+    }
+
+    /// State of the probe.
+    pub fn health(&self) -> &ProbeHealth {
+        &self.health
+    }
+
+    fn track(&mut self, group: Group, ids: &BTreeSet<u64>, now: Nanos) {
+        let mut slot = slots::Slot::default();
+        self.slots.regroup(&mut slot, ids);
+        let tracked = Tracked {
+            slot,
+            totals: RunqTotals::default(),
+            usage: UsageReader::new(self.hierarchies.version),
+            found_at: now,
+            vm: None,
+            group,
+        };
+        self.tracked.insert(tracked.group.path.clone(), tracked);
+    }
+
+    /// Forgets a VM; returns its name if it had one.
+    fn untrack(&mut self, path: &PathBuf, now: Nanos) -> Option<VmId> {
+        let tracked = self.tracked.remove(path)?;
+        self.slots.release(tracked.slot, now);
+        let id = tracked.vm?.id.clone();
+        self.paths.remove(&id);
+        self.vms.remove(&id);
+        Some(id)
+    }
+
+    /// Gives a name to what has none yet, and what libvirt knows to what it knows.
+    fn identify(&mut self, now: Nanos, appeared: &mut Vec<VmId>, gone: &mut Vec<VmId>) {
+        let version = self.hierarchies.version;
+        for (path, tracked) in &mut self.tracked {
+            let group = &tracked.group;
+            let domain = group.machine.as_ref().and_then(|machine| {
+                self.domains.iter().find(|domain| machine.is(domain.id, &domain.name))
+            });
+            let old = tracked.vm.as_ref();
+            // Once libvirt has named it, it keeps its name while libvirt is away.
+            let keep = old.is_some_and(|vm| domain.is_none() || vm.uuid.is_some());
+            let (name, uuid, owner, vcpus) = match (domain, old) {
+                (Some(domain), _) => (
+                    domain.name.clone(),
+                    Some(domain.uuid.clone()),
+                    Owner::Libvirt { domain: domain.name.clone() },
+                    domain.vcpus,
+                ),
+                (None, Some(vm)) => {
+                    let vcpus = if vm.uuid.is_some() { vm.vcpus } else { group.vcpus };
+                    (vm.id.0.clone(), vm.uuid.clone(), vm.owner.clone(), vcpus)
+                }
+                (None, None) => {
+                    let claimable = group.machine.is_some() && self.has_hypervisor;
+                    if claimable && now.since(tracked.found_at) < CLAIM {
+                        continue;
+                    }
+                    (group.name.clone(), None, Owner::Cgroup, group.vcpus)
+                }
+            };
+            let taken = |id: &VmId| self.paths.get(id).is_some_and(|other| other != path);
+            let id = match old {
+                Some(vm) if keep => vm.id.clone(),
+                _ => [Some(name), group.machine.as_ref().map(|machine| machine.name.clone())]
+                    .into_iter()
+                    .flatten()
+                    .map(VmId)
+                    .find(|id| !taken(id))
+                    .unwrap_or_else(|| {
+                        let relative = path.strip_prefix(&self.hierarchies.cpu).unwrap_or(path);
+                        VmId(relative.display().to_string())
+                    }),
+            };
+            let vm = Vm {
+                id: id.clone(),
+                uuid,
+                vcpus,
+                owner,
+                cgroup: path.clone(),
+                cgroup_id: group.id,
+                cgroup_version: version,
+            };
+            if old.is_some_and(|old| **old == vm) {
+                continue;
+            }
+            let old_id = old.map(|old| old.id.clone());
+            if old_id.as_ref() != Some(&id) {
+                if let Some(old_id) = old_id {
+                    self.paths.remove(&old_id);
+                    self.vms.remove(&old_id);
+                    gone.push(old_id);
+                }
+                self.paths.insert(id.clone(), path.clone());
+                appeared.push(id.clone());
+            }
+            let vm = Arc::new(vm);
+            tracked.vm = Some(vm.clone());
+            self.vms.insert(id, vm);
+        }
+    }
+
+    /// Reads all counters; the second is why they cannot be relied on, if so.
+    fn read(&mut self, now: Nanos) -> (BTreeMap<VmId, VmReading>, Option<String>) {
+        let mut vms = BTreeMap::new();
+        let (mut counted, mut discarded) = (0, 0);
+        for (path, tracked) in &mut self.tracked {
+            let before = (tracked.totals.count, tracked.totals.discarded);
+            let runq = self.slots.read(&mut tracked.slot, &mut tracked.totals);
+            let ran = tracked.totals.count - before.0;
+            counted += ran;
+            discarded += tracked.totals.discarded - before.1;
+            let Some(vm) = &tracked.vm else { continue };
+            let ran = ran > 0 || runq.is_none();
+            let usage = tracked.usage.usage(&self.hierarchies, path, now, ran);
+            let reading =
+                VmReading { runq, cpu_usage_ns: usage.cpu_ns, throttled_ns: usage.throttled_ns };
+            vms.insert(vm.id.clone(), reading);
+        }
+        self.health.counted += counted;
+        self.health.discarded += discarded;
+        let share = discarded as f64 / (counted + discarded).max(1) as f64;
+        let blind = self.health.blind().or_else(|| {
+            (discarded >= DISCARDED_MIN && share > DISCARDED_SHARE).then(|| {
+                format!("{discarded} of {} switches had no usable time stamp", counted + discarded)
+            })
+        });
+        (vms, blind)
+    }
+
+    fn update_health(&mut self) {
+        let measured = self.tracked.values().filter(|t| t.slot.is_measured()).count();
+        self.health.slots_used = measured as u32;
+        self.health.not_measured = (self.tracked.len() - measured) as u32;
+        (self.health.cgroups, self.health.cgroups_spilled) = self.slots.cgroups();
+        self.health.cgroups_not_measured =
+            self.tracked.values().map(|t| t.slot.not_counted()).sum();
+        let owned = self.vms.values().filter(|vm| vm.uuid.is_some()).count();
+        self.health.domains_without_cgroup = self.domains.len().saturating_sub(owned) as u32;
+    }
+}
+
+/// Those of `CAP_BPF` and `CAP_PERFMON` that the process lacks, unless it has
+/// `CAP_SYS_ADMIN`, which stands for both (capabilities(7)).
+fn missing_capabilities() -> Vec<&'static str> {
+    const SYS_ADMIN: u64 = 1 << 21;
+    let effective = std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let hex = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?.trim();
+            u64::from_str_radix(hex, 16).ok()
+        })
+        .unwrap_or(0);
+    if effective & SYS_ADMIN != 0 {
+        return Vec::new();
+    }
+    [("CAP_PERFMON", 1 << 38), ("CAP_BPF", 1 << 39)]
+        .into_iter()
+        .filter(|(_, bit)| effective & bit == 0)
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// Two files per VM stay open; before Linux 5.11 maps count against the memlock limit. Where
+/// a limit cannot be raised, what runs into it says so itself.
+fn raise_limits() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}

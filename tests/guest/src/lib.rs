@@ -144,8 +144,7 @@ mod tests {
 
     #[test]
     fn victim_line_survives_the_console() {
-        let mut report =
-            VictimReport { at_us: 12_000_345, response: histogram_us(), wake: None };
+        let mut report = VictimReport { at_us: 12_000_345, response: histogram_us(), wake: None };
         for value in [3, 99, 1_050, 1_051, 7_777, 123_456] {
             report.response.record(value).unwrap();
         }

@@ -1,0 +1,302 @@
+//! Run-queue latency as counted by the probe: mapped rows, differences, totals.
+//!
+//! The probe's map is mapped into the agent, so reading takes no system call, and a row
+//! whose count did not change is skipped: an idle VM costs one load per CPU.
+
+use formtune_common::runq::{BUCKETS, Row};
+use formtune_core::sample::RunqInterval;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use std::ffi::c_void;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{Ordering, fence};
+
+/// Waits of one VM since it was first seen.
+#[derive(Clone, Debug, Default)]
+pub struct RunqTotals {
+    /// Waits counted.
+    pub count: u64,
+    /// Sum of the waits, nanoseconds.
+    pub wait_ns: u64,
+    /// Switches without a usable time stamp; not in `count`.
+    pub discarded: u64,
+    /// Allocated with the first wait: most VMs of a large node are idle.
+    buckets: Option<Box<[u64; BUCKETS]>>,
+}
+
+impl RunqTotals {
+    /// Waits per bucket; bounds are those of `formtune_common::runq`.
+    pub fn buckets(&self) -> &[u64; BUCKETS] {
+        static NONE: [u64; BUCKETS] = [0; BUCKETS];
+        self.buckets.as_deref().unwrap_or(&NONE)
+    }
+}
+
+/// The rows of one slot, mapped.
+pub struct SlotRows {
+    pages: NonNull<c_void>,
+    length: usize,
+    first: NonNull<Row>,
+    cpus: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone and is not tied to a thread; what others
+// write there (the kernel) is read with volatile loads.
+unsafe impl Send for SlotRows {}
+
+impl SlotRows {
+    /// Maps the rows of `slot` in the map `rows`, which holds `cpus` rows per slot.
+    ///
+    /// # Errors
+    /// Those of `mmap`.
+    pub fn map(rows: BorrowedFd<'_>, slot: u32, cpus: usize) -> io::Result<Self> {
+        let page = page_size();
+        let start = slot as usize * cpus * size_of::<Row>();
+        let end = start + cpus * size_of::<Row>();
+        let offset = start / page * page;
+        let length = end.next_multiple_of(page) - offset;
+        // SAFETY: a new shared mapping, at no address in particular.
+        let pages = unsafe {
+            mmap(
+                None,
+                NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                rows,
+                offset as i64,
+            )
+        }?;
+        // SAFETY: `start - offset` is less than a page, and the mapping reaches past `end`.
+        let first = unsafe { pages.byte_add(start - offset) }.cast();
+        Ok(Self { pages, length, first, cpus })
+    }
+
+    /// Sets all counters to zero. Only for slots that no cgroup leads to any more.
+    pub fn zero(&mut self) {
+        // SAFETY: within the mapping; `Row` is plain numbers.
+        unsafe { self.first.write_bytes(0, self.cpus) };
+    }
+
+    fn row(&self, cpu: usize) -> *const Row {
+        assert!(cpu < self.cpus);
+        // SAFETY: within the mapping.
+        unsafe { self.first.as_ptr().add(cpu) }
+    }
+}
+
+impl Drop for SlotRows {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map`, not used after this.
+        let unmapped = unsafe { munmap(self.pages, self.length) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
+fn page_size() -> usize {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .and_then(|size| usize::try_from(size).ok())
+        .unwrap_or(4096)
+}
+
+/// Differences between what a VM's rows hold and what they held at the last reading.
+pub struct RunqReader {
+    rows: SlotRows,
+    last: Vec<LastRow>,
+}
+
+#[derive(Clone, Default)]
+struct LastRow {
+    count: u32,
+    discarded: u32,
+    wait_ns: u64,
+    /// Allocated when the VM first runs on that CPU.
+    buckets: Option<Box<[u32; BUCKETS]>>,
+}
+
+/// Room for one VM's interval, kept between readings.
+pub struct Scratch([u32; BUCKETS]);
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self([0; BUCKETS])
+    }
+}
+
+impl RunqReader {
+    /// Counts from now on; the rows must hold zeroes.
+    pub fn new(rows: SlotRows) -> Self {
+        let last = vec![LastRow::default(); rows.cpus];
+        Self { rows, last }
+    }
+
+    /// What was counted since the last reading, also added to `totals`.
+    pub fn read(&mut self, totals: &mut RunqTotals, scratch: &mut Scratch) -> RunqInterval {
+        let mut interval = RunqInterval::default();
+        let (mut first, mut end) = (BUCKETS, 0);
+        for cpu in 0..self.last.len() {
+            let (row, last) = (self.rows.row(cpu), &mut self.last[cpu]);
+            // SAFETY: a row of the mapping; the kernel writes there, hence volatile.
+            let read = |field: *const u32| unsafe { field.read_volatile() };
+            // SAFETY: only addresses are taken.
+            let (count, discarded, wait_ns, buckets) = unsafe {
+                (&raw const (*row).count, &raw const (*row).discarded, &raw const (*row).wait_ns, {
+                    (&raw const (*row).buckets).cast::<u32>()
+                })
+            };
+            let discarded = read(discarded);
+            totals.discarded += u64::from(discarded.wrapping_sub(last.discarded));
+            last.discarded = discarded;
+            let count = read(count);
+            if count == last.count {
+                continue;
+            }
+            // The probe writes `count` last: what belongs to it is there, and what comes
+            // meanwhile is found by the next reading at the latest, as it raises `count`.
+            fence(Ordering::Acquire);
+            totals.count += u64::from(count.wrapping_sub(last.count));
+            last.count = count;
+            // SAFETY: as above; 64-bit loads of aligned fields are not torn.
+            let wait_ns = unsafe { wait_ns.read_volatile() };
+            let waited = wait_ns.wrapping_sub(last.wait_ns);
+            interval.wait_ns += waited;
+            totals.wait_ns += waited;
+            last.wait_ns = wait_ns;
+            let old = last.buckets.get_or_insert_with(|| Box::new([0; BUCKETS]));
+            for (at, old) in old.iter_mut().enumerate() {
+                // SAFETY: `at` is less than BUCKETS.
+                let new = read(unsafe { buckets.add(at) });
+                let counted = new.wrapping_sub(*old);
+                if counted != 0 {
+                    *old = new;
+                    scratch.0[at] = scratch.0[at].saturating_add(counted);
+                    (first, end) = (first.min(at), end.max(at + 1));
+                }
+            }
+        }
+        if first < end {
+            let all = totals.buckets.get_or_insert_with(|| Box::new([0; BUCKETS]));
+            for at in first..end {
+                let counted = std::mem::take(&mut scratch.0[at]);
+                if counted != 0 {
+                    all[at] += u64::from(counted);
+                    interval.counts.push((at as u16, counted));
+                }
+            }
+        }
+        interval
+    }
+
+    /// Gives the rows back, to be zeroed and used again.
+    pub fn into_rows(self) -> SlotRows {
+        self.rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use formtune_common::runq::bucket;
+    use proptest::prelude::*;
+    use std::os::fd::AsFd;
+
+    const CPUS: usize = 3;
+
+    /// Rows in a file stand for the map.
+    fn rows(slots: u32, slot: u32) -> (std::fs::File, SlotRows) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len((slots as usize * CPUS * size_of::<Row>()).next_multiple_of(4096) as u64)
+            .unwrap();
+        let rows = SlotRows::map(file.as_fd(), slot, CPUS).unwrap();
+        (file, rows)
+    }
+
+    /// What the probe does.
+    fn count(rows: &SlotRows, cpu: usize, wait: u64) {
+        // SAFETY: nobody else writes, the row lies in the mapping.
+        let row = unsafe { &mut *rows.row(cpu).cast_mut() };
+        let counter = &mut row.buckets[bucket(wait) as usize];
+        *counter = counter.wrapping_add(1);
+        row.wait_ns = row.wait_ns.wrapping_add(wait);
+        row.count = row.count.wrapping_add(1);
+    }
+
+    #[test]
+    fn counters_that_wrap_around_are_counted_right() {
+        let (_file, rows) = rows(7, 5);
+        // SAFETY: as above.
+        let row = unsafe { &mut *rows.row(1).cast_mut() };
+        (row.count, row.wait_ns) = (u32::MAX - 1, u64::MAX - 5_000);
+        row.buckets[bucket(3_000) as usize] = u32::MAX - 1;
+        let mut reader = RunqReader::new(rows);
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        reader.read(&mut totals, &mut scratch);
+        let before = totals.clone();
+        for _ in 0..4 {
+            count(&reader.rows, 1, 3_000);
+        }
+        let interval = reader.read(&mut totals, &mut scratch);
+        assert_eq!(interval.counts, [(bucket(3_000) as u16, 4)]);
+        assert_eq!(interval.wait_ns, 12_000);
+        assert_eq!(totals.count - before.count, 4);
+        assert_eq!(totals.buckets()[bucket(3_000) as usize] - u64::from(u32::MAX - 1), 4);
+    }
+
+    #[test]
+    fn slots_do_not_touch_each_other_and_zero_is_zero() {
+        let (file, mut ours) = rows(4, 1);
+        let theirs = SlotRows::map(file.as_fd(), 2, CPUS).unwrap();
+        count(&ours, CPUS - 1, 1);
+        count(&theirs, 0, 2);
+        ours.zero();
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        let interval = RunqReader::new(ours).read(&mut totals, &mut scratch);
+        assert_eq!((interval, totals.count), (RunqInterval::default(), 0));
+        let interval = RunqReader::new(theirs).read(&mut totals, &mut scratch);
+        assert_eq!(interval.counts, [(2, 1)]);
+    }
+
+    #[test]
+    fn discarded_switches_are_reported_without_waits() {
+        let (_file, rows) = rows(1, 0);
+        // SAFETY: as above.
+        unsafe { (*rows.row(0).cast_mut()).discarded = 3 };
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        let interval = RunqReader::new(rows).read(&mut totals, &mut scratch);
+        assert_eq!((interval, totals.discarded), (RunqInterval::default(), 3));
+    }
+
+    proptest! {
+        /// Intervals add up to the totals, whatever is counted where and read when.
+        #[test]
+        fn nothing_is_lost_between_readings(
+            waits in proptest::collection::vec((0..CPUS, 0u64..1 << 38, any::<bool>()), 0..200),
+        ) {
+            let (_file, rows) = rows(1, 0);
+            let mut reader = RunqReader::new(rows);
+            let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+            let mut sum = vec![0u64; BUCKETS];
+            let mut expected = vec![0u64; BUCKETS];
+            let mut wait_ns = 0;
+            let mut add = |interval: RunqInterval| {
+                interval.counts.iter().for_each(|&(at, n)| sum[at as usize] += u64::from(n));
+                wait_ns += interval.wait_ns;
+            };
+            for &(cpu, wait, read) in &waits {
+                count(&reader.rows, cpu, wait);
+                expected[bucket(wait) as usize] += 1;
+                if read {
+                    add(reader.read(&mut totals, &mut scratch));
+                }
+            }
+            add(reader.read(&mut totals, &mut scratch));
+            prop_assert_eq!(&sum, &expected);
+            prop_assert_eq!(&totals.buckets()[..], &expected[..]);
+            prop_assert_eq!(wait_ns, waits.iter().map(|w| w.1).sum::<u64>());
+            prop_assert_eq!(totals.count, waits.len() as u64);
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Slots: which VM the probe counts into which rows.
+
+use super::health::ProbeState;
+use super::probes::{self, ProbeError, Probes, Sizes};
+use super::runq::{RunqReader, RunqTotals, Scratch, SlotRows};
+use super::table::Table;
+use crate::vm::CgroupVersion;
+use formtune_common::runq::Row;
+use formtune_core::sample::RunqInterval;
+use formtune_core::units::Nanos;
+use std::collections::{BTreeSet, VecDeque};
+
+/// Most kernel memory that rows may take, bytes: 478 VMs on 128 CPUs.
+const ROWS_MAX_BYTES: u64 = 128 << 20;
+/// cgroups to make room for per VM: scope, `libvirt`, `emulator`, vCPUs, I/O threads.
+const CGROUPS_PER_VM: u32 = 16;
+/// A freed slot rests this long: a switch under way when its cgroups were taken out of the
+/// table may still count (microseconds), and must not count for another VM.
+const REST: Nanos = Nanos::from_millis(10);
+
+/// All slots, and the probe, if it could be loaded.
+pub struct Slots {
+    probes: Option<Probes>,
+    sizes: Sizes,
+    table: Table,
+    free: BTreeSet<u32>,
+    resting: VecDeque<(Nanos, u32, SlotRows)>,
+    scratch: Scratch,
+}
+
+/// What a VM holds.
+#[derive(Default)]
+pub struct Slot {
+    reader: Option<(u32, RunqReader)>,
+    /// Wanted.
+    ids: BTreeSet<u64>,
+    /// Known to the probe.
+    counted: BTreeSet<u64>,
+}
+
+impl Slot {
+    /// Whether it has rows.
+    pub fn is_measured(&self) -> bool {
+        self.reader.is_some()
+    }
+
+    /// cgroups of a measured VM that the probe has no room for.
+    pub fn not_counted(&self) -> u32 {
+        if self.is_measured() { (self.ids.len() - self.counted.len()) as u32 } else { 0 }
+    }
+}
+
+impl Slots {
+    /// Loads the probe for up to `max_vms` VMs. Without it, everything else still works.
+    pub fn open(version: CgroupVersion, max_vms: u32) -> (Self, ProbeState) {
+        let sizes = sizes(max_vms, possible_cpus());
+        let (probes, state) = match Probes::load(version, sizes) {
+            Ok(probes) => (Some(probes), ProbeState::Loaded),
+            Err(error) => (None, unavailable(&error)),
+        };
+        let slots = Self {
+            free: if probes.is_some() { (0..sizes.slots).collect() } else { BTreeSet::new() },
+            probes,
+            sizes,
+            table: Table::new(sizes.table),
+            resting: VecDeque::new(),
+            scratch: Scratch::default(),
+        };
+        (slots, state)
+    }
+
+    /// VMs that can be measured at once.
+    pub fn total(&self) -> u32 {
+        if self.probes.is_some() { self.sizes.slots } else { 0 }
+    }
+
+    /// Kernel memory of the maps.
+    pub fn map_bytes(&self) -> u64 {
+        if self.probes.is_some() { self.sizes.bytes() } else { 0 }
+    }
+
+    /// cgroups the probe looks for, and those of them in the hash map.
+    pub fn cgroups(&self) -> (u32, u32) {
+        (self.table.len(), self.table.spilled())
+    }
+
+    /// Sets the cgroups of a VM.
+    pub fn regroup(&mut self, slot: &mut Slot, ids: &BTreeSet<u64>) {
+        for id in slot.counted.difference(ids).copied().collect::<Vec<_>>() {
+            slot.counted.remove(&id);
+            self.forget(id);
+        }
+        slot.ids.clone_from(ids);
+    }
+
+    /// Gives a VM a slot if there is one, and tells the probe of its cgroups; what does not
+    /// fit is tried again with the next reading.
+    pub fn ensure(&mut self, slot: &mut Slot) {
+        if slot.is_measured() && slot.counted.len() == slot.ids.len() {
+            return;
+        }
+        let Some(probes) = &mut self.probes else { return };
+        if slot.reader.is_none() {
+            let Some(number) = self.free.first().copied() else { return };
+            match probes.map_slot(number) {
+                Ok(rows) => slot.reader = Some((number, RunqReader::new(rows))),
+                Err(error) => {
+                    tracing::warn!("failed to map slot {number} of map ROWS: {error}");
+                    return;
+                }
+            }
+            self.free.remove(&number);
+        }
+        let Some((number, _)) = slot.reader else { return };
+        for &id in &slot.ids {
+            if !slot.counted.contains(&id) {
+                match self.table.insert(probes, id, number) {
+                    Ok(()) => slot.counted.insert(id),
+                    Err(error) => {
+                        tracing::debug!("cgroup {id} is not counted: {error}");
+                        break;
+                    }
+                };
+            }
+        }
+    }
+
+    /// Waits since the last reading; `None` without a slot.
+    pub fn read(&mut self, slot: &mut Slot, totals: &mut RunqTotals) -> Option<RunqInterval> {
+        let (_, reader) = slot.reader.as_mut()?;
+        Some(reader.read(totals, &mut self.scratch))
+    }
+
+    /// Takes a VM's cgroups out of the table; its slot rests.
+    pub fn release(&mut self, slot: Slot, now: Nanos) {
+        for id in slot.counted {
+            self.forget(id);
+        }
+        if let Some((number, reader)) = slot.reader {
+            self.resting.push_back((now, number, reader.into_rows()));
+        }
+    }
+
+    /// Zeroes the slots that have rested, for others to use.
+    pub fn recycle(&mut self, now: Nanos) {
+        while let Some((since, ..)) = self.resting.front() {
+            if now.since(*since) < REST {
+                return;
+            }
+            if let Some((_, number, mut rows)) = self.resting.pop_front() {
+                rows.zero();
+                self.free.insert(number);
+            }
+        }
+    }
+
+    /// Passes on what the probes logged (debug builds only).
+    pub fn flush_log(&mut self) {
+        if let Some(probes) = &mut self.probes {
+            probes.flush_log();
+        }
+    }
+
+    fn forget(&mut self, id: u64) {
+        if let Some(probes) = &mut self.probes
+            && let Err(error) = self.table.remove(probes, id)
+        {
+            tracing::warn!("cgroup {id} may be counted on: {error}");
+        }
+    }
+}
+
+fn sizes(max_vms: u32, cpus: u32) -> Sizes {
+    let per_slot = u64::from(cpus) * size_of::<Row>() as u64;
+    let most = u32::try_from(ROWS_MAX_BYTES / per_slot).unwrap_or(u32::MAX).max(1);
+    let slots = max_vms.clamp(1, most);
+    let cgroups = slots.saturating_mul(CGROUPS_PER_VM);
+    Sizes {
+        slots,
+        cpus,
+        table: cgroups.next_power_of_two().clamp(1 << 12, 1 << 16),
+        spill: cgroups.max(1 << 12),
+    }
+}
+
+/// The greatest CPU number that can ever come, and one.
+fn possible_cpus() -> u32 {
+    let list = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+    greatest(&list).map_or(1024, |cpu| cpu + 1)
+}
+
+/// The greatest number of a CPU list such as `0-3,8`.
+fn greatest(list: &str) -> Option<u32> {
+    list.trim().split([',', '-']).filter_map(|number| number.parse().ok()).max()
+}
+
+fn unavailable(error: &ProbeError) -> ProbeState {
+    let remedy = match error {
+        ProbeError::Btf(super::btf::BtfError::Read { .. }) => {
+            "run a kernel with CONFIG_DEBUG_INFO_BTF=y (5.10 or later; every Debian kernel since 11)"
+        }
+        ProbeError::Btf(_) => {
+            "run a kernel 5.10 or later with CONFIG_SCHED_INFO, CONFIG_FAIR_GROUP_SCHED and cgroups"
+        }
+        ProbeError::Load(_) | ProbeError::Program(_) | ProbeError::Object(_) => {
+            "run a kernel 5.10 or later, not locked down (/sys/kernel/security/lockdown)"
+        }
+    };
+    ProbeState::Unavailable {
+        program: probes::SCHED_SWITCH,
+        why: error.to_string(),
+        remedy: format!(
+            "{remedy}; without it CPU time and weights are still read, and nothing is changed"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_stay_below_the_ceiling() {
+        let small = sizes(1024, 2);
+        assert_eq!((small.slots, small.table), (1024, 16_384));
+        let large = sizes(4096, 512);
+        assert!(large.slots < 128 && large.bytes() < ROWS_MAX_BYTES + (1 << 21));
+        assert_eq!(sizes(0, 1).slots, 1);
+    }
+
+    #[test]
+    fn cpu_lists() {
+        assert_eq!(greatest("0-1\n"), Some(1));
+        assert_eq!(greatest("0,2-7,12"), Some(12));
+        assert_eq!(greatest(""), None);
+    }
+}

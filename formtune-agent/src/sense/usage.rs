@@ -1,0 +1,295 @@
+//! CPU time: of the host from `/proc/stat`, of a VM from its cgroup.
+
+use super::cgroup::Hierarchies;
+use crate::vm::CgroupVersion;
+use formtune_core::units::Nanos;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// `/proc/stat`, kept open.
+pub struct HostCpu {
+    file: Option<File>,
+    tick_ns: u64,
+}
+
+impl HostCpu {
+    /// Opens it; without it every reading says `None`.
+    pub fn open() -> Self {
+        let hz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten();
+        Self {
+            file: File::open("/proc/stat").ok(),
+            tick_ns: 1_000_000_000 / hz.and_then(|hz| u64::try_from(hz).ok()).unwrap_or(100).max(1),
+        }
+    }
+
+    /// Online CPUs, and their busy time since boot in nanoseconds.
+    pub fn read(&self) -> (u32, Option<u64>) {
+        // The `cpu` lines come first; `intr`, which may be longer than any buffer, follows.
+        let text = self.file.as_ref().and_then(|file| read_at_start(file, 1 << 18).ok());
+        match text.as_deref().and_then(parse_stat) {
+            Some((cpus, ticks)) => (cpus, Some(ticks * self.tick_ns)),
+            None => {
+                let online = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN);
+                (online.ok().flatten().and_then(|n| n.try_into().ok()).unwrap_or(1), None)
+            }
+        }
+    }
+}
+
+/// CPUs and busy ticks. proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal;
+/// guest time is contained in user and nice.
+fn parse_stat(text: &str) -> Option<(u32, u64)> {
+    let mut lines = text.lines();
+    let all: Vec<u64> = lines
+        .next()?
+        .strip_prefix("cpu ")?
+        .split_whitespace()
+        .map_while(|field| field.parse().ok())
+        .collect();
+    let busy = [0, 1, 2, 5, 6, 7].iter().filter_map(|&at| all.get(at)).sum();
+    let cpus = lines.take_while(|line| line.starts_with("cpu")).count();
+    Some((cpus.try_into().ok()?, busy))
+}
+
+/// What a VM used, and how long its own quota held it back. Cumulative, nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// CPU time of all its tasks.
+    pub cpu_ns: Option<u64>,
+    /// Time throttled, summed over CPUs as the kernel does.
+    pub throttled_ns: Option<u64>,
+}
+
+/// Reads one VM's usage; files are opened with the first reading and kept open.
+pub struct UsageReader {
+    source: Option<Source>,
+    throttled: Option<File>,
+    version: CgroupVersion,
+    last: Usage,
+    read_at: Option<Nanos>,
+}
+
+enum Source {
+    /// v2 `cpu.stat`: `usage_usec`.
+    CpuStat(File),
+    /// v1 `cpuacct.usage`: nanoseconds.
+    Cpuacct(File),
+    /// Where neither hierarchy has the VM as a group of its own.
+    Threads(Threads),
+}
+
+/// Least time between two readings of one VM.
+const INTERVAL: Nanos = Nanos::from_secs(1);
+
+impl UsageReader {
+    /// For a VM in a hierarchy of this version; opens nothing yet.
+    pub fn new(version: CgroupVersion) -> Self {
+        Self { source: None, throttled: None, version, last: Usage::default(), read_at: None }
+    }
+
+    /// The last reading, renewed if `ran` (the VM had switches since) and a second has
+    /// passed. A VM that never ran since it was found has been read once.
+    pub fn usage(
+        &mut self,
+        hierarchies: &Hierarchies,
+        cgroup: &Path,
+        now: Nanos,
+        ran: bool,
+    ) -> Usage {
+        match self.read_at {
+            Some(at) if !ran || now.since(at) < INTERVAL => return self.last,
+            Some(_) => {}
+            None => self.open(hierarchies, cgroup),
+        }
+        self.read_at = Some(now);
+        self.last = self.read();
+        self.last
+    }
+
+    fn open(&mut self, hierarchies: &Hierarchies, cgroup: &Path) {
+        let relative = cgroup.strip_prefix(&hierarchies.cpu).unwrap_or(Path::new(""));
+        let own = |root: &Option<PathBuf>, file: &str| {
+            File::open(root.as_ref()?.join(relative).join(file)).ok()
+        };
+        let stat = File::open(cgroup.join("cpu.stat")).ok();
+        self.source = match self.version {
+            CgroupVersion::V2 => {
+                stat.as_ref().and_then(|f| f.try_clone().ok()).map(Source::CpuStat)
+            }
+            CgroupVersion::V1 => Some(
+                own(&hierarchies.cpuacct, "cpuacct.usage")
+                    .map(Source::Cpuacct)
+                    .or_else(|| own(&hierarchies.unified, "cpu.stat").map(Source::CpuStat))
+                    .unwrap_or_else(|| Source::Threads(Threads::new(cgroup))),
+            ),
+        };
+        self.throttled = stat;
+    }
+
+    fn read(&mut self) -> Usage {
+        let cpu_ns = match &mut self.source {
+            None => None,
+            Some(Source::CpuStat(file)) => read_at_start(file, 4096)
+                .ok()
+                .and_then(|t| key(&t, "usage_usec"))
+                .map(|us| us * 1000),
+            Some(Source::Cpuacct(file)) => {
+                read_at_start(file, 64).ok().and_then(|t| t.trim().parse().ok())
+            }
+            Some(Source::Threads(threads)) => threads.read(),
+        };
+        let throttled = self.throttled.as_ref().and_then(|file| read_at_start(file, 4096).ok());
+        let throttled_ns = throttled.and_then(|text| match self.version {
+            CgroupVersion::V2 => key(&text, "throttled_usec").map(|us| us * 1000),
+            CgroupVersion::V1 => key(&text, "throttled_time"),
+        });
+        Usage { cpu_ns, throttled_ns }
+    }
+}
+
+/// Sum over the threads that are in a cgroup (v1) or below it, from `schedstat`: first field,
+/// time on a CPU in nanoseconds (Documentation/scheduler/sched-stats.rst).
+struct Threads {
+    cgroup: PathBuf,
+    /// Last reading per thread, so that a thread that ends does not take its time away.
+    last: HashMap<String, u64>,
+    total: u64,
+}
+
+impl Threads {
+    fn new(cgroup: &Path) -> Self {
+        Self { cgroup: cgroup.into(), last: HashMap::new(), total: 0 }
+    }
+
+    fn read(&mut self) -> Option<u64> {
+        let mut tids = Vec::new();
+        tids_below(&self.cgroup, &mut tids, 0).ok()?;
+        let mut now = HashMap::with_capacity(tids.len());
+        for tid in tids {
+            // procfs has a directory for a thread's id too, though it lists processes only.
+            let Ok(text) = std::fs::read_to_string(format!("/proc/{tid}/task/{tid}/schedstat"))
+            else {
+                continue;
+            };
+            let Some(ran) = text.split_whitespace().next().and_then(|v| v.parse().ok()) else {
+                continue;
+            };
+            now.insert(tid, ran);
+        }
+        for (tid, &ran) in &now {
+            // A smaller value is another thread with the same id.
+            let before = self.last.get(tid).copied().filter(|&before| before <= ran).unwrap_or(0);
+            self.total += ran - before;
+        }
+        self.last = now;
+        Some(self.total)
+    }
+}
+
+fn tids_below(cgroup: &Path, tids: &mut Vec<String>, depth: u8) -> io::Result<()> {
+    tids.extend(std::fs::read_to_string(cgroup.join("tasks"))?.lines().map(Into::into));
+    for entry in std::fs::read_dir(cgroup)?.flatten() {
+        if depth < 8 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            // Gone meanwhile, and its threads with it.
+            let _ = tids_below(&entry.path(), tids, depth + 1);
+        }
+    }
+    Ok(())
+}
+
+/// The value of a line `key value`.
+fn key(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+/// Up to `limit` bytes from the start of a file of procfs or cgroupfs, which is made anew
+/// for each read at offset 0.
+fn read_at_start(file: &File, limit: usize) -> io::Result<String> {
+    let mut buffer = vec![0; limit.min(4096)];
+    let mut filled = 0;
+    loop {
+        match file.read_at(&mut buffer[filled..], filled as u64)? {
+            0 => break,
+            n => filled += n,
+        }
+        if filled == limit {
+            break;
+        }
+        if filled == buffer.len() {
+            buffer.resize((buffer.len() * 2).min(limit), 0);
+        }
+    }
+    buffer.truncate(filled);
+    Ok(String::from_utf8_lossy(&buffer).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_time_leaves_out_idle_and_waiting_for_io() {
+        let text = "cpu  100 20 3 4000 500 6 7 80 9 10\ncpu0 1 1\ncpu3 1 1\nintr 12 0\n";
+        assert_eq!(parse_stat(text), Some((2, 100 + 20 + 3 + 6 + 7 + 80)));
+        assert_eq!(parse_stat("intr 1"), None);
+    }
+
+    #[test]
+    fn keys_are_whole_words() {
+        let text = "usage_usec 12\nnr_throttled 3\nthrottled_usec 40\n";
+        assert_eq!(key(text, "usage_usec"), Some(12));
+        assert_eq!(key(text, "throttled_usec"), Some(40));
+        assert_eq!(key(text, "throttled"), None);
+    }
+
+    #[test]
+    fn hybrid_host_takes_the_group_that_the_vm_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let write = |path: &str, text: &str| {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("cpu/machine/a/cpu.stat", "nr_periods 9\nnr_throttled 2\nthrottled_time 77\n");
+        write("unified/machine/a/cpu.stat", "usage_usec 5\n");
+        let hierarchies = Hierarchies {
+            cpu: root.join("cpu"),
+            version: CgroupVersion::V1,
+            cpuacct: Some(root.join("cpuacct")),
+            unified: Some(root.join("unified")),
+        };
+        let cgroup = root.join("cpu/machine/a");
+        let read = |at| UsageReader::new(CgroupVersion::V1).usage(&hierarchies, &cgroup, at, true);
+        let expected = Usage { cpu_ns: Some(5_000), throttled_ns: Some(77) };
+        assert_eq!(read(Nanos(1)), expected);
+        write("cpuacct/machine/a/cpuacct.usage", "123456\n");
+        assert_eq!(read(Nanos(1)), Usage { cpu_ns: Some(123_456), ..expected });
+    }
+
+    #[test]
+    fn idle_vms_are_not_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let stat = dir.path().join("cpu.stat");
+        std::fs::write(&stat, "usage_usec 1\nthrottled_usec 2\n").unwrap();
+        let hierarchies = Hierarchies {
+            cpu: "/nowhere".into(),
+            version: CgroupVersion::V2,
+            cpuacct: None,
+            unified: None,
+        };
+        let mut reader = UsageReader::new(CgroupVersion::V2);
+        let mut at =
+            |now, ran| reader.usage(&hierarchies, dir.path(), Nanos::from_millis(now), ran);
+        let first = Usage { cpu_ns: Some(1_000), throttled_ns: Some(2_000) };
+        assert_eq!(at(0, false), first);
+        std::fs::write(&stat, "usage_usec 3\n").unwrap();
+        assert_eq!(at(5_000, false), first, "idle");
+        assert_eq!(at(5_001, true), Usage { cpu_ns: Some(3_000), throttled_ns: None });
+        std::fs::write(&stat, "usage_usec 4\n").unwrap();
+        assert_eq!(at(5_999, true).cpu_ns, Some(3_000), "less than a second later");
+    }
+}
