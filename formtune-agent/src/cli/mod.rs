@@ -1,9 +1,15 @@
 //! Arguments, output and exit codes. A command's work is done in its room; its file here
 //! only reads arguments and prints.
 
+mod advice;
+pub mod client;
 mod config;
+pub mod explain;
 mod replay;
 mod restore;
+pub mod state;
+pub mod status;
+pub mod style;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -61,6 +67,10 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show what the running agent sees and does; exit code 1 while it is not ready
+    Status(status::Args),
+    /// Show why a VM is as it is, and what would change it
+    Explain(explain::Args),
     /// Print the plans that a recorded run leads to, the same each time
     #[command(after_help = "\
 Examples:
@@ -82,6 +92,8 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match cli.command {
+        Command::Status(args) => status::run(&cli.global, &args),
+        Command::Explain(args) => explain::run(&cli.global, &args),
         Command::Replay(args) => replay::run(&cli.global, &args),
         Command::Config(command) => config::run(&cli.global, &command),
         Command::Restore(args) => restore::run(&cli.global, &args),

@@ -5,7 +5,7 @@
 //! per VM and ten seconds: a thousand idle VMs must not push out the one that matters.
 
 use super::snapshot::{
-    Change, Counters, DecisionCount, DecisionRecord, VmState, result_name, sentence,
+    Attainment, Change, Counters, DecisionCount, DecisionRecord, VmState, result_name,
 };
 use formtune_core::plan::{Action, Decision, Outcome, Plan, Reason};
 use formtune_core::policy::Mode;
@@ -25,16 +25,26 @@ const HOLD_EVERY: Nanos = Nanos::from_secs(10);
 pub struct DecisionLog {
     seq: u64,
     records: VecDeque<Arc<DecisionRecord>>,
-    noted: BTreeMap<VmId, Noted>,
+    vms: BTreeMap<VmId, PerVm>,
     counters: Counters,
 }
 
-/// What was last entered about a VM.
-#[derive(Debug)]
-struct Noted {
-    at: Nanos,
-    why: Discriminant<Reason>,
-    action: Option<Arc<DecisionRecord>>,
+/// What is remembered of a VM.
+#[derive(Debug, Default)]
+struct PerVm {
+    /// When something was last entered about it, and with which reason.
+    entered: Option<(Nanos, Discriminant<Reason>)>,
+    last_action: Option<Arc<DecisionRecord>>,
+    kept: Attainment,
+}
+
+impl PerVm {
+    fn is_news(&self, decision: &Decision, at: Nanos) -> bool {
+        decision.action != Action::Hold
+            || self.entered.is_none_or(|(entered, why)| {
+                why != discriminant(&decision.reason) && at.since(entered) >= HOLD_EVERY
+            })
+    }
 }
 
 impl DecisionLog {
@@ -45,8 +55,26 @@ impl DecisionLog {
         let mut entered = Vec::new();
         for decision in &plan.decisions {
             self.count(decision.action, mode);
-            if self.is_news(decision, plan.at) {
-                entered.push(self.enter(decision, plan, mode, unix_ms));
+            if !self.vms.contains_key(&decision.vm) {
+                self.vms.insert(decision.vm.clone(), PerVm::default());
+            }
+            let vm = self.vms.get_mut(&decision.vm).expect("inserted above");
+            if let Some(slack) = decision.evidence.slack {
+                vm.kept.windows += 1;
+                vm.kept.met += u64::from(slack >= 0.0);
+            }
+            if vm.is_news(decision, plan.at) {
+                self.seq += 1;
+                let record = Arc::new(record(self.seq, decision, plan, mode, unix_ms));
+                vm.entered = Some((plan.at, discriminant(&decision.reason)));
+                if decision.action != Action::Hold {
+                    vm.last_action = Some(record.clone());
+                }
+                if self.records.len() == CAPACITY {
+                    self.records.pop_front();
+                }
+                self.records.push_back(record.clone());
+                entered.push(record);
             }
         }
         entered
@@ -62,8 +90,8 @@ impl DecisionLog {
         });
         if let Some(record) = record {
             Arc::make_mut(record).outcome = Some(outcome.result.clone());
-            let noted = self.noted.get_mut(&outcome.vm);
-            if let Some(last) = noted.and_then(|noted| noted.action.as_mut())
+            let vm = self.vms.get_mut(&outcome.vm);
+            if let Some(last) = vm.and_then(|vm| vm.last_action.as_mut())
                 && last.seq == record.seq
             {
                 *last = record.clone();
@@ -71,14 +99,17 @@ impl DecisionLog {
         }
     }
 
-    /// Sets a VM's last action.
+    /// Sets a VM's last action, and how far its SLO was kept.
     pub fn fill(&self, vm: &mut VmState) {
-        vm.last_action = self.noted.get(&vm.id).and_then(|noted| noted.action.clone());
+        if let Some(per_vm) = self.vms.get(&vm.id) {
+            vm.last_action = per_vm.last_action.clone();
+            vm.attainment = (per_vm.kept.windows > 0).then_some(per_vm.kept);
+        }
     }
 
     /// Drops what is remembered of a VM that is gone; its entries stay.
     pub fn forget(&mut self, vm: &VmId) {
-        self.noted.remove(vm);
+        self.vms.remove(vm);
     }
 
     /// The entries, oldest first.
@@ -98,47 +129,24 @@ impl DecisionLog {
             None => counts.push(DecisionCount { action, mode, count: 1 }),
         }
     }
+}
 
-    fn is_news(&self, decision: &Decision, at: Nanos) -> bool {
-        decision.action != Action::Hold
-            || self.noted.get(&decision.vm).is_none_or(|noted| {
-                noted.why != discriminant(&decision.reason) && at.since(noted.at) >= HOLD_EVERY
-            })
-    }
-
-    fn enter(
-        &mut self,
-        decision: &Decision,
-        plan: &Plan,
-        mode: Mode,
-        unix_ms: u64,
-    ) -> Arc<DecisionRecord> {
-        self.seq += 1;
-        let setpoint = plan.setpoints.iter().find(|setpoint| setpoint.vm == decision.vm);
-        let record = Arc::new(DecisionRecord {
-            seq: self.seq,
-            plan_seq: plan.seq,
-            at: plan.at,
-            unix_ms,
-            vm: decision.vm.clone(),
-            action: decision.action,
-            mode: setpoint.map_or(mode, |setpoint| setpoint.mode),
-            change: setpoint.map(|setpoint| Change { from: setpoint.from, to: setpoint.to }),
-            victim: setpoint.and_then(|setpoint| setpoint.victim.clone()),
-            evidence: decision.evidence.clone(),
-            reason: decision.reason.clone(),
-            sentence: sentence(&decision.reason),
-            outcome: None,
-        });
-        if self.records.len() == CAPACITY {
-            self.records.pop_front();
-        }
-        self.records.push_back(record.clone());
-        let why = discriminant(&decision.reason);
-        let earlier = self.noted.remove(&decision.vm).and_then(|noted| noted.action);
-        let action = if decision.action == Action::Hold { earlier } else { Some(record.clone()) };
-        self.noted.insert(decision.vm.clone(), Noted { at: plan.at, why, action });
-        record
+fn record(seq: u64, decision: &Decision, plan: &Plan, mode: Mode, unix_ms: u64) -> DecisionRecord {
+    let setpoint = plan.setpoints.iter().find(|setpoint| setpoint.vm == decision.vm);
+    DecisionRecord {
+        seq,
+        plan_seq: plan.seq,
+        at: plan.at,
+        unix_ms,
+        vm: decision.vm.clone(),
+        action: decision.action,
+        mode: setpoint.map_or(mode, |setpoint| setpoint.mode),
+        change: setpoint.map(|setpoint| Change { from: setpoint.from, to: setpoint.to }),
+        victim: setpoint.and_then(|setpoint| setpoint.victim.clone()),
+        evidence: decision.evidence.clone(),
+        reason: decision.reason.clone(),
+        sentence: decision.reason.to_string(),
+        outcome: None,
     }
 }
 
@@ -206,11 +214,11 @@ mod tests {
         log.outcome(&outcome(1));
         assert_eq!(log.records()[0].outcome, Some(result.clone()));
         assert_eq!(log.records()[1].outcome, None);
-        assert_eq!(log.noted[&vm].action.as_ref().unwrap().outcome, None);
+        assert_eq!(log.vms[&vm].last_action.as_ref().unwrap().outcome, None);
         log.outcome(&outcome(2));
-        assert_eq!(log.noted[&vm].action.as_ref().unwrap().outcome, Some(result.clone()));
+        assert_eq!(log.vms[&vm].last_action.as_ref().unwrap().outcome, Some(result.clone()));
         assert_eq!(log.counters().outcomes["yielded"], 2);
         log.forget(&vm);
-        assert!(log.noted.is_empty());
+        assert!(log.vms.is_empty());
     }
 }

@@ -39,12 +39,12 @@ pub enum ListenError {
     #[error("{} exists and is not a socket (remove it, or set another `socket`)", .0.display())]
     NotASocket(PathBuf),
     /// The socket could not be made.
-    #[error("failed to listen on {}: {source}", path.display())]
+    #[error("failed to listen on {}: {cause}", path.display())]
     Socket {
         /// The socket.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The address is not on the loopback interface.
     #[error(
@@ -53,12 +53,12 @@ pub enum ListenError {
     )]
     NotLoopback(SocketAddr),
     /// The port could not be had.
-    #[error("failed to listen on {addr}: {source}{hint}")]
+    #[error("failed to listen on {addr}: {cause}{hint}")]
     Tcp {
         /// Address and port.
         addr: SocketAddr,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
         /// What to do, where that is known.
         hint: &'static str,
     },
@@ -87,18 +87,18 @@ fn bind_tcp(addr: SocketAddr) -> Result<TcpListener, ListenError> {
         listener.set_nonblocking(true)?;
         Ok(listener)
     });
-    bound.map_err(|source| ListenError::Tcp {
+    bound.map_err(|cause| ListenError::Tcp {
         addr,
-        hint: match source.kind() {
+        hint: match cause.kind() {
             io::ErrorKind::AddrInUse => " (set another `listen` in the configuration)",
             _ => "",
         },
-        source,
+        cause,
     })
 }
 
 fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
-    let failed = |source: io::Error| ListenError::Socket { path: path.into(), source };
+    let failed = |cause: io::Error| ListenError::Socket { path: path.into(), cause };
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).map_err(failed)?;
     }
@@ -125,7 +125,7 @@ fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
 
 /// Removes the socket of an agent that is dead; refuses that of one that is alive.
 fn clear_stale(path: &Path) -> Result<(), ListenError> {
-    let failed = |source: io::Error| ListenError::Socket { path: path.into(), source };
+    let failed = |cause: io::Error| ListenError::Socket { path: path.into(), cause };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),

@@ -253,7 +253,7 @@ impl VmState {
 
     /// Sets the decision and its words.
     pub fn decided(&mut self, decision: &Decision) {
-        self.why = Some(sentence(&decision.reason));
+        self.why = Some(decision.reason.to_string());
         self.decision = Some(decision.clone());
     }
 
@@ -392,10 +392,7 @@ pub struct Change {
 
 /// A reason in words.
 pub fn sentence(reason: &Reason) -> String {
-    match reason {
-        Reason::NoSlo => "its class promises nothing and nobody suffers from it".into(),
-        other => format!("{other:?}"),
-    }
+    reason.to_string()
 }
 
 /// The name of an action, as in JSON and in metric labels.

@@ -6,6 +6,7 @@ use formtune_agent::vm::{CgroupVersion, Owner, Vm};
 use formtune_common::runq;
 use formtune_core::plan::*;
 use formtune_core::policy::{Indicator, Mode, Modes, Slo};
+use formtune_core::reason::{Breach, Culprit, Quantile, Usage};
 use formtune_core::units::{ClassName, Nanos, VmId, Weight};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -27,6 +28,7 @@ pub fn snapshot() -> Snapshot {
     let mut vms = BTreeMap::new();
     for mut vm in [web(), hog(), idle(), odd()] {
         log.fill(&mut vm);
+        vm.attainment = vm.attainment.map(|_| Attainment { windows: 1_200, met: 1_080 });
         vms.insert(vm.id.clone(), vm);
     }
     Snapshot { at: AT, node: node(&log), vms, decisions: log.records() }
@@ -64,7 +66,7 @@ fn vm(name: &str, class: &str) -> VmState {
         id: VmId::from(name),
         uuid: Some(format!(
             "00000000-0000-4000-8000-{:012}",
-            name.bytes().map(u32::from).sum::<u32>()
+            name.bytes().fold(7u64, |h, b| (h * 31 + u64::from(b)) % 1_000_000_007)
         )),
         vcpus: 2,
         owner: Owner::Libvirt { domain: name.into() },
@@ -106,7 +108,6 @@ fn web() -> VmState {
     let mut vm = vm("web-1", "web");
     vm.cpu_weight = Some(weight(150));
     vm.slo = Some(slo());
-    vm.attainment = Some(Attainment { windows: 1_200, met: 1_080 });
     vm.recent = Some(RecentRunq {
         span: Nanos::from_secs(10),
         samples: 48_120,
@@ -137,7 +138,7 @@ fn hog() -> VmState {
         max: Some(Nanos::from_millis(14)),
     });
     vm.runq = Some(dense(&[(3_000_000, 9_000), (12_000_000, 100)]));
-    vm.decided(&quiet("hog-1", Reason::NoSlo));
+    vm.decided(&quiet("hog-1", Reason::LoweredFor { victim: VmId::from("web-1") }));
     vm
 }
 
@@ -155,7 +156,7 @@ fn idle() -> VmState {
         max: None,
     });
     vm.runq = Some(dense(&[]));
-    vm.decided(&quiet("idle-with-a-rather-long-name-0001", Reason::NoSlo));
+    vm.decided(&quiet("idle-with-a-rather-long-name-0001", too_few()));
     vm
 }
 
@@ -177,12 +178,39 @@ fn victim_decision() -> Decision {
             measured: Some(Nanos::from_micros(4_200)),
             target: Some(Nanos::from_millis(2)),
             slack: Some(-1.1),
+            bad_windows: 3,
             cpus_used: Some(0.41),
             cpu_weight: Some(weight(150)),
         },
         action: Action::Raise,
-        reason: Reason::NoSlo,
+        reason: Reason::Victim {
+            breach: breach(),
+            to: Some(weight(150)),
+            lowering: vec![Culprit { vm: VmId::from("hog-1"), usage: Some(usage()) }],
+        },
     }
+}
+
+fn breach() -> Breach {
+    Breach {
+        quantile: Quantile(9_900),
+        measured: Nanos::from_micros(4_200),
+        target: Nanos::from_millis(2),
+        bad: 3,
+        of: 5,
+    }
+}
+
+fn polluter() -> Reason {
+    Reason::Polluter { victim: VmId::from("web-1"), breach: breach(), usage: Some(usage()) }
+}
+
+fn too_few() -> Reason {
+    Reason::TooFewSamples { have: 0, need: 100 }
+}
+
+fn usage() -> Usage {
+    Usage { uses: 1.52, entitled: 1.0 }
 }
 
 fn quiet(vm: &str, reason: Reason) -> Decision {
@@ -206,8 +234,8 @@ pub fn decision_log() -> DecisionLog {
         setpoints: vec![setpoint("web-1", 150), setpoint("hog-1", 80)],
         decisions: vec![
             victim_decision(),
-            Decision { action: Action::Lower, ..quiet("hog-1", Reason::NoSlo) },
-            quiet("idle-with-a-rather-long-name-0001", Reason::NoSlo),
+            Decision { action: Action::Lower, ..quiet("hog-1", polluter()) },
+            quiet("idle-with-a-rather-long-name-0001", too_few()),
         ],
     };
     log.note(&plan, Mode::Enforce, UNIX_EPOCH + Duration::from_secs(1_790_000_000));
