@@ -3,6 +3,7 @@
 
 use super::load::Cgroups;
 use crate::demo::agent::{self, Agent};
+use crate::demo::cgroups::Partition;
 use crate::demo::domain::{Domain, Guest};
 use crate::demo::libvirtd::Libvirtd;
 use crate::demo::{image, interrupt};
@@ -39,6 +40,7 @@ fn three_vms(program: &Path) -> Result<Vec<Figure>> {
     fs::create_dir_all(&folder)?;
     let _only_one = crate::demo::lock(&folder)?;
     let image = image::prepare(&folder)?;
+    let _partition = Partition::make()?;
     let libvirtd = Rc::new(Libvirtd::start(&folder.join("libvirt"))?);
     let cpu = std::thread::available_parallelism()?.get() - 1;
     let mut guests = Vec::new();
@@ -51,13 +53,14 @@ fn three_vms(program: &Path) -> Result<Vec<Figure>> {
         guests.push(Domain::start(&libvirtd, &image, &Guest { name, cpu, settings }, console)?);
     }
     let settings = format!(
-        "listen = 'off'\nlibvirt = '{}'\nmode.cpu_weight = 'enforce'\n\
+        "listen = 'off'\nlibvirt = '{}'\ncgroups = ['{}']\nmode.cpu_weight = 'enforce'\n\
          [classes.latency]\npriority = 'high'\nslo = {{ threshold = '1ms' }}\n\
          [classes.default]\nslo = 'off'\nfloor_ratio = 1.0\nceiling_ratio = 1.0\n\
          [classes.batch]\npriority = 'low'\nslo = 'off'\nfloor_ratio = 0.02\n\
          [[rules]]\nvms = ['bench-victim']\nclass = 'latency'\n\
          [[rules]]\nvms = ['bench-noisy-*']\nclass = 'batch'\n",
-        libvirtd.uri()
+        libvirtd.uri(),
+        Partition::PATTERN,
     );
     let agent = Agent::start(program, &folder.join("bench"), &settings)?;
     let usage = usage("3 VMs", &agent, 3)?;

@@ -1,33 +1,108 @@
-//! libvirt makes a `machine` cgroup for its guests and leaves it behind; where it was not
-//! there before, it goes again.
+//! The cgroup that holds the guests: a resource partition of libvirt's at the top of each
+//! hierarchy, apart from the `machine` that guests of somebody else may be in. libvirt
+//! expects such a partition to be there (<https://libvirt.org/cgroups.html>).
 
+use anyhow::{Context, Result};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-/// Removes, when dropped, the `machine` cgroups that were not there when noted, unless
-/// somebody else uses them by then.
-pub struct Leftovers {
-    absent: Vec<PathBuf>,
+const ROOT: &str = "/sys/fs/cgroup";
+/// Its folder; libvirt appends `.partition` to the name of the definition.
+const FOLDER: &str = "formtune-demo.partition";
+/// Ten times the default, in either version's unit. A compiler that happens to run on the
+/// guests' CPU then disturbs the measurement less, in all phases alike, and the scheduler
+/// moves it elsewhere.
+const RAISED: &[(&str, &str)] = &[("cpu.shares", "10240"), ("cpu.weight", "1000")];
+/// A guest that was just destroyed leaves its cgroup a moment later.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The partition; removed when dropped.
+pub struct Partition {
+    paths: Vec<PathBuf>,
 }
 
-impl Leftovers {
-    /// Looks at every hierarchy.
-    pub fn note() -> Self {
-        let root = Path::new("/sys/fs/cgroup");
-        let mut candidates = vec![root.join("machine")];
-        if let Ok(entries) = fs::read_dir(root) {
-            candidates.extend(entries.flatten().map(|entry| entry.path().join("machine")));
+impl Partition {
+    /// What a definition calls it.
+    pub const NAME: &str = "/formtune-demo";
+    /// For the `cgroups` key of formtune's configuration.
+    pub const PATTERN: &str = "formtune-demo.partition/qemu-*-{vm}.libvirt-qemu";
+
+    /// Makes it in every hierarchy; one that is left of a run that was killed will do.
+    ///
+    /// # Errors
+    /// When a cgroup cannot be made or written.
+    pub fn make() -> Result<Self> {
+        let root = Path::new(ROOT);
+        let mut hierarchies = Vec::new();
+        if root.join("cgroup.controllers").exists() {
+            hierarchies.push(root.to_owned());
+            // As libvirt itself does for the groups that it makes.
+            for controller in ["+cpu", "+cpuset", "+io", "+memory"] {
+                // One that the kernel lacks cannot be had, and is not needed for the demo.
+                let _ = fs::write(root.join("cgroup.subtree_control"), controller);
+            }
+        } else {
+            for entry in fs::read_dir(root).with_context(|| format!("failed to read {ROOT}"))? {
+                let path = entry?.path();
+                // `cpu -> cpu,cpuacct` is the same hierarchy under another name.
+                if path.join("cgroup.procs").exists() && !path.is_symlink() {
+                    hierarchies.push(path);
+                }
+            }
         }
-        candidates.retain(|path| path.parent().is_some_and(Path::is_dir) && !path.exists());
-        Self { absent: candidates }
+        let mut new = Self { paths: Vec::new() };
+        for hierarchy in hierarchies {
+            let path = hierarchy.join(FOLDER);
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                    return Err(error)
+                        .with_context(|| format!("failed to make {}", path.display()));
+                }
+                _ => new.paths.push(path.clone()),
+            }
+            // A new cpuset of version 1 has no CPUs and no memory until it is given some.
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                let (from, to) = (hierarchy.join(file), path.join(file));
+                if hierarchy != root && from.exists() {
+                    fs::write(&to, fs::read_to_string(&from)?.trim())
+                        .with_context(|| format!("failed to write {}", to.display()))?;
+                }
+            }
+            for (file, value) in RAISED {
+                let to = path.join(file);
+                if to.exists() {
+                    fs::write(&to, value)
+                        .with_context(|| format!("failed to write {}", to.display()))?;
+                }
+            }
+        }
+        Ok(new)
     }
 }
 
-impl Drop for Leftovers {
+impl Drop for Partition {
     fn drop(&mut self) {
-        for path in &self.absent {
-            // Fails where there is none, and where somebody's guests are in it: both are fine.
-            let _ = fs::remove_dir(path);
+        let end = Instant::now() + PATIENCE;
+        for path in &self.paths {
+            while let Err(error) = remove(path) {
+                if Instant::now() >= end {
+                    eprintln!("failed to remove {}: {error}", path.display());
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
         }
     }
+}
+
+fn remove(path: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
 }

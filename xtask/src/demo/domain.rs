@@ -1,5 +1,6 @@
 //! One guest: its definition, its console, its cgroup and its knobs.
 
+use super::cgroups::Partition;
 use super::libvirtd::{Libvirtd, read_pid};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -89,11 +90,6 @@ impl Domain {
     /// The file with all it printed so far.
     pub fn console(&self) -> &Path {
         &self.console
-    }
-
-    /// The cgroup of the guest as a whole.
-    pub fn cgroup(&self) -> &Path {
-        &self.cgroup
     }
 
     /// Stops its virtual CPUs.
@@ -206,6 +202,7 @@ fn definition(image: &Image, guest: &Guest<'_>, console: &Path) -> String {
         "<domain type='{kind}'>
  <name>{name}</name><memory unit='MiB'>192</memory>
  <vcpu placement='static' cpuset='{cpu}'>1</vcpu>
+ <resource><partition>{partition}</partition></resource>
  <os><type arch='x86_64' machine='q35'>hvm</type>
   <kernel>{vmlinux}</kernel><initrd>{initrd}</initrd>
   <cmdline>console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr no_timer_check {settings}</cmdline>
@@ -220,6 +217,7 @@ fn definition(image: &Image, guest: &Guest<'_>, console: &Path) -> String {
 ",
         name = escape(guest.name),
         cpu = guest.cpu,
+        partition = Partition::NAME,
         vmlinux = escape(&image.vmlinux.to_string_lossy()),
         initrd = escape(&image.initrd.to_string_lossy()),
         settings = escape(guest.settings),

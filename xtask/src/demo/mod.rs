@@ -6,7 +6,7 @@
 //! guests, agent and daemon, in this order, and remove the cgroups that libvirt leaves.
 
 pub mod agent;
-mod cgroups;
+pub mod cgroups;
 pub mod domain;
 pub mod image;
 pub mod interrupt;
@@ -17,6 +17,7 @@ mod report;
 use crate::{progress, sh};
 use agent::{Agent, Waits};
 use anyhow::{Context, Result, bail};
+use cgroups::Partition;
 use domain::{Domain, Guest, Image, Knobs};
 use formtune_core::units::VmId;
 use phase::Phase;
@@ -79,7 +80,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
 /// The three phases, and everything around them that has to be cleaned up again.
 fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
-    let _cgroups = cgroups::Leftovers::note();
+    let _partition = Partition::make()?;
     let step = progress::Step::start("starting a libvirt daemon of our own");
     let libvirtd = Rc::new(libvirtd::Libvirtd::start(&folder.join("libvirt"))?);
     step.end("done");
@@ -159,6 +160,7 @@ impl Host {
         format!(
             "listen = 'off'
 libvirt = '{uri}'
+cgroups = ['{pattern}']
 record = '{recording}'
 default_class = 'bystander'
 mode.cpu_weight = '{mode}'
@@ -192,6 +194,7 @@ vms = ['demo-noisy-*']
 class = 'batch'
 ",
             uri = libvirtd.uri(),
+            pattern = Partition::PATTERN,
             recording = recording(folder).display(),
         )
     }
