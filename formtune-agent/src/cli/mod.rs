@@ -7,6 +7,7 @@ mod config;
 pub mod explain;
 mod replay;
 mod restore;
+mod run;
 pub mod state;
 pub mod status;
 pub mod style;
@@ -67,6 +68,17 @@ pub struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the agent until it is stopped; SIGTERM and SIGINT put every knob back
+    #[command(after_help = "\
+Examples:
+  formtune run
+  formtune run --mode enforce
+  formtune run --mode observe --record night.trace
+  formtune run --json 2> formtune.log       the log as JSON
+
+The log goes to standard error; FORMTUNE_LOG=debug says more. A second signal ends the agent
+at once, and `formtune restore` or the next start puts the knobs back.")]
+    Run(run::Args),
     /// Show what the running agent sees and does; exit code 1 while it is not ready
     Status(status::Args),
     /// Show why a VM is as it is, and what would change it
@@ -92,6 +104,7 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match cli.command {
+        Command::Run(args) => run::run(&cli.global, args),
         Command::Status(args) => status::run(&cli.global, &args),
         Command::Explain(args) => explain::run(&cli.global, &args),
         Command::Replay(args) => replay::run(&cli.global, &args),

@@ -337,7 +337,7 @@ impl Sense {
 
 /// Those of `CAP_BPF` and `CAP_PERFMON` that the process lacks, unless it has
 /// `CAP_SYS_ADMIN`, which stands for both (capabilities(7)).
-fn missing_capabilities() -> Vec<&'static str> {
+pub(crate) fn missing_capabilities() -> Vec<&'static str> {
     const SYS_ADMIN: u64 = 1 << 21;
     let effective = std::fs::read_to_string("/proc/self/status")
         .ok()

@@ -1,0 +1,360 @@
+//! `formtune run`: one loop, which alone owns all state.
+//!
+//! Each tick: read ([`Sense`]), compose a [`Sample`], [`step`], carry out what is to be
+//! enforced ([`Act`]), log what is new. Between two ticks it answers requests for a
+//! [`Snapshot`](crate::export::Snapshot). HTTP, libvirt's events and signals have threads of
+//! their own and reach it by messages only.
+
+mod logging;
+mod privileges;
+mod publish;
+mod signals;
+mod weights;
+
+pub use logging::Format;
+
+use crate::act::Act;
+use crate::config::Config;
+use crate::export::{
+    DecisionLog, Listen, Recent, Server, ServerHandle, SnapshotRequest, Snapshots, source,
+};
+use crate::hypervisor::Hypervisor;
+use crate::record;
+use crate::sense::{ProbeState, Sense};
+use crate::vm::Vm;
+use anyhow::{Context, Result, bail};
+use formtune_core::plan::{Outcome, Plan};
+use formtune_core::policy::Mode;
+use formtune_core::sample::{HostSample, VmSample};
+use formtune_core::trace::{Header, HostFacts};
+use formtune_core::units::{Nanos, VmId};
+use formtune_core::{Sample, State, step};
+use nix::time::{ClockId, clock_gettime};
+use publish::{Facts, Seen};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+use weights::Weights;
+
+/// What `formtune run` was asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration, command line applied.
+    pub config: Config,
+    /// Where it was read from.
+    pub config_path: Option<PathBuf>,
+    /// Form of the log.
+    pub format: Format,
+}
+
+/// All that can happen to the loop.
+#[derive(Debug)]
+enum Event {
+    /// Time for a sample.
+    Tick,
+    /// Somebody wants to see.
+    Look(SnapshotRequest),
+    /// Restore and leave.
+    Stop(signals::Signal),
+}
+
+/// Runs until a signal asks it to stop, and restores every knob then.
+///
+/// # Errors
+/// It cannot start: one line, nothing changed (but for what an earlier, dead agent had left
+/// changed, which is restored first). Or a knob could not be restored on the way out.
+pub fn run(options: Options) -> Result<()> {
+    // Before the first thread: threads inherit the mask, and only one shall get signals.
+    let stops = signals::catch().context("failed to catch signals")?;
+    logging::init(options.format);
+    for notice in &options.config.notices {
+        tracing::warn!("{notice}");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .context("failed to make an event loop")?;
+    let (mut agent, requests, http) = Agent::start(options)?;
+    let stop = runtime.block_on(agent.until_stopped(requests, stops));
+    tracing::info!("{stop}: restoring");
+    agent.stop(http)
+}
+
+/// The loop's state.
+struct Agent {
+    config: Config,
+    facts: Facts,
+    sense: Sense,
+    act: Act,
+    recorder: Option<record::Writer>,
+    state: State,
+    seq: u64,
+    /// Of the last sample; the next one is later.
+    last_at: Nanos,
+    host: Option<HostSample>,
+    weights: Weights,
+    vms: BTreeMap<VmId, Seen>,
+    /// What became of the last plan's setpoints; goes into the next sample.
+    outcomes: Vec<Outcome>,
+    plan: Option<Plan>,
+    recent: Recent,
+    decisions: DecisionLog,
+    enforcing: bool,
+}
+
+impl Agent {
+    /// Everything that can go wrong before the first tick goes wrong here, what leaves no
+    /// trace first.
+    fn start(options: Options) -> Result<(Self, mpsc::Receiver<SnapshotRequest>, ServerHandle)> {
+        let Options { mut config, config_path, .. } = options;
+        privileges::check(config.policy.modes.cpu_weight)?;
+        let listen = Listen { socket: config.socket.clone(), tcp: config.listen };
+        let server = Server::bind(&listen)?;
+        let hypervisor = connect(&config);
+        let (act, recovery) = Act::open(&config.state_dir, hypervisor.clone())?;
+        if recovery.earlier_boot > 0 {
+            tracing::info!(
+                "{} knobs changed before the last boot: ended with it",
+                recovery.earlier_boot
+            );
+        }
+        let barred = act.enforce_barred().map(str::to_owned);
+        if let Some(why) = &barred {
+            tracing::error!("not enforcing: {why}");
+            let mode = &mut config.policy.modes.cpu_weight;
+            *mode = (*mode).min(Mode::Shadow);
+        }
+        let sense = Sense::open(&config.sense, hypervisor.clone())?;
+        if let ProbeState::Unavailable { program, why, remedy } = &sense.health().runq {
+            bail!("failed to load program {program}: {why} ({remedy})");
+        }
+        let facts = Facts::gather(&config, config_path, hypervisor.is_some(), barred);
+        let recorder = config.record.as_ref().map(|path| {
+            let host = HostFacts {
+                cpus: facts.cpus,
+                kernel: facts.kernel.clone(),
+                agent: env!("CARGO_PKG_VERSION").to_owned(),
+                note: String::new(),
+            };
+            record::Writer::create(path, &Header::new(host, config.policy.clone()))
+                .with_context(|| format!("failed to record to {}", path.display()))
+        });
+        let recorder = recorder.transpose()?;
+        let (snapshots, requests): (Snapshots, _) = source::channel(config.policy.tick);
+        let http = server.spawn(snapshots).context("failed to start the HTTP interface")?;
+        let mode = config.policy.modes.cpu_weight;
+        tracing::info!(
+            "formtune {} started: mode {}, tick {}, {}",
+            env!("CARGO_PKG_VERSION"),
+            crate::export::snapshot::mode_name(mode),
+            config.policy.tick,
+            config
+                .listen
+                .map_or("no TCP port".to_owned(), |address| format!("http://{address}/metrics")),
+        );
+        let agent = Self {
+            facts,
+            sense,
+            act,
+            recorder,
+            state: State::default(),
+            seq: 0,
+            last_at: Nanos(0),
+            host: None,
+            weights: Weights::default(),
+            vms: BTreeMap::new(),
+            outcomes: Vec::new(),
+            plan: None,
+            recent: Recent::default(),
+            decisions: DecisionLog::default(),
+            enforcing: mode == Mode::Enforce,
+            config,
+        };
+        Ok((agent, requests, http))
+    }
+
+    async fn until_stopped(
+        &mut self,
+        mut requests: mpsc::Receiver<SnapshotRequest>,
+        mut stops: mpsc::UnboundedReceiver<signals::Signal>,
+    ) -> signals::Signal {
+        let period = Duration::from_nanos(self.config.policy.tick.0);
+        let mut ticks = tokio::time::interval(period);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        loop {
+            let event = tokio::select! {
+                biased;
+                Some(signal) = stops.recv() => Event::Stop(signal),
+                _ = ticks.tick() => Event::Tick,
+                Some(request) = requests.recv() => Event::Look(request),
+            };
+            match event {
+                Event::Stop(signal) => return signal,
+                Event::Tick => self.tick(),
+                // Whoever asked may have gone away meanwhile.
+                Event::Look(request) => drop(request.send(Arc::new(self.snapshot(monotonic())))),
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let at = monotonic().max(Nanos(self.last_at.0 + 1));
+        let late = at.since(self.last_at).0 >= 2 * self.config.policy.tick.0;
+        self.facts.late += u64::from(self.seq > 0 && late);
+        self.last_at = at;
+        self.seq += 1;
+        let sample = self.sample(at);
+        self.record(&sample);
+        let plan = step(&mut self.state, &self.config.policy, &sample);
+        self.carry_out(&plan);
+        self.note(plan);
+        self.facts.took = Some(monotonic().since(at));
+    }
+
+    /// Reads the node.
+    fn sample(&mut self, at: Nanos) -> Sample {
+        let mut reading = self.sense.sample(at);
+        for id in &reading.gone {
+            self.forget(id);
+        }
+        self.weights.begin(at);
+        let mut vms = BTreeMap::new();
+        for (id, vm) in self.sense.vms() {
+            let Some(read) = reading.vms.remove(id) else { continue };
+            let seen = self
+                .vms
+                .entry(id.clone())
+                .or_insert_with(|| Seen::new(at, self.config.classes_of.class_of(id).clone()));
+            if let Some(runq) = &read.runq {
+                self.recent.add(id, at, runq);
+            }
+            seen.usage(&read);
+            let active = read.runq.as_ref().is_none_or(|runq| !runq.counts.is_empty());
+            let cpu_weight = self.weights.get(&self.act, vm, active);
+            let original = self.act.original(id).or_else(|| self.weights.original(id));
+            let sample = VmSample {
+                class: seen.class.clone(),
+                vcpus: vm.vcpus,
+                runq: read.runq,
+                cpu_usage_ns: read.cpu_usage_ns,
+                throttled_ns: read.throttled_ns,
+                cpu_weight,
+                cpu_weight_original: original,
+            };
+            vms.insert(id.clone(), sample);
+        }
+        self.facts.busy(at, &reading.host);
+        self.host = Some(reading.host.clone());
+        Sample {
+            seq: self.seq,
+            at,
+            host: reading.host,
+            vms,
+            outcomes: std::mem::take(&mut self.outcomes),
+        }
+    }
+
+    fn forget(&mut self, id: &VmId) {
+        self.act.forget(id);
+        self.weights.forget(id);
+        self.recent.forget(id);
+        self.decisions.forget(id);
+        self.vms.remove(id);
+    }
+
+    fn record(&mut self, sample: &Sample) {
+        let Some(recorder) = &mut self.recorder else { return };
+        let written = recorder.sample(sample).and_then(|()| match self.seq.is_multiple_of(20) {
+            true => recorder.flush(),
+            false => Ok(()),
+        });
+        if let Err(error) = written {
+            tracing::error!("recording ends: failed to write the trace: {error}");
+            self.recorder = None;
+        }
+    }
+
+    /// Does what the plan says is to be written; in other modes nothing is.
+    fn carry_out(&mut self, plan: &Plan) {
+        for setpoint in plan.setpoints.iter().filter(|setpoint| setpoint.mode == Mode::Enforce) {
+            let Some(vm): Option<Arc<Vm>> = self.sense.vms().get(&setpoint.vm).cloned() else {
+                continue;
+            };
+            let outcome = self.act.execute(&vm, setpoint, plan.seq);
+            self.weights.outcome(&outcome);
+            self.outcomes.push(outcome);
+        }
+        // A journal that cannot be written must not leave knobs turned until the agent ends.
+        if self.enforcing && !self.act.enforce_allowed() {
+            self.enforcing = false;
+            self.facts.barred = self.act.enforce_barred().map(str::to_owned);
+            for knob in self.act.restore_all().knobs {
+                tracing::warn!("{knob}");
+                self.weights.forget(&knob.vm);
+            }
+        }
+    }
+
+    fn note(&mut self, plan: Plan) {
+        let mode = self.config.policy.modes.cpu_weight;
+        for record in self.decisions.note(&plan, mode, SystemTime::now()) {
+            logging::decision(&record);
+        }
+        for outcome in &self.outcomes {
+            self.decisions.outcome(outcome);
+            logging::outcome(outcome);
+        }
+        for decision in &plan.decisions {
+            if let Some(seen) = self.vms.get_mut(&decision.vm) {
+                seen.decided(decision);
+            }
+        }
+        self.plan = Some(plan);
+    }
+
+    /// Restores every knob, then lets go of socket and lock.
+    fn stop(mut self, http: ServerHandle) -> Result<()> {
+        let report = self.act.restore_all();
+        for knob in &report.knobs {
+            tracing::info!("{knob}");
+        }
+        if let Some(Err(error)) = self.recorder.as_mut().map(record::Writer::flush) {
+            tracing::error!("failed to write the end of the trace: {error}");
+        }
+        drop(http);
+        if !report.is_complete() {
+            let failed: Vec<String> = report
+                .knobs
+                .iter()
+                .filter(|knob| matches!(knob.result, crate::act::RestoreResult::Failed { .. }))
+                .map(ToString::to_string)
+                .collect();
+            bail!("not everything was restored: {}", failed.join("; "));
+        }
+        tracing::info!("stopped");
+        Ok(())
+    }
+}
+
+/// libvirt, if it is wanted and there; without it, cgroups alone say which VMs there are.
+fn connect(config: &Config) -> Option<Hypervisor> {
+    let uri = config.libvirt_uri.as_deref()?;
+    match Hypervisor::connect(uri) {
+        Ok(hypervisor) => Some(hypervisor),
+        Err(error) => {
+            tracing::warn!("{error}; finding VMs by their cgroups only");
+            None
+        }
+    }
+}
+
+/// `CLOCK_MONOTONIC`, the clock of the probe's time stamps.
+fn monotonic() -> Nanos {
+    // The call cannot fail: the clock exists on every Linux, and the pointer is valid.
+    let now =
+        clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap_or(nix::sys::time::TimeSpec::new(0, 0));
+    Nanos(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+}

@@ -1,0 +1,197 @@
+//! What the loop remembers for those who look, and the snapshot it makes of it.
+
+use super::Agent;
+use crate::config::Config;
+use crate::export::snapshot::{
+    AgentState, Attainment, CgroupLayout, LibvirtState, Node, OwnCost, ProbeState, RunqCounts,
+    Snapshot, VmState,
+};
+use crate::sense::VmReading;
+use formtune_core::plan::Decision;
+use formtune_core::sample::HostSample;
+use formtune_core::units::{ClassName, Nanos, Weight};
+use std::path::PathBuf;
+
+/// What does not change, or only by counting.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub name: String,
+    pub kernel: String,
+    pub cpus: u32,
+    pub config_path: Option<PathBuf>,
+    pub started_at: Nanos,
+    pub libvirt: LibvirtState,
+    /// Why `enforce` is held back.
+    pub barred: Option<String>,
+    /// Ticks that came later than one tick after their time.
+    pub late: u64,
+    /// Time the last tick took.
+    pub took: Option<Nanos>,
+    busy_before: Option<(Nanos, u64)>,
+    busy_ratio: Option<f64>,
+}
+
+impl Facts {
+    pub fn gather(
+        config: &Config,
+        config_path: Option<PathBuf>,
+        connected: bool,
+        barred: Option<String>,
+    ) -> Self {
+        let uname = nix::sys::utsname::uname().ok();
+        let of = |field: Option<&std::ffi::OsStr>| {
+            field.map_or(String::new(), |text| text.to_string_lossy().into_owned())
+        };
+        let libvirt = match (&config.libvirt_uri, connected) {
+            (None, _) => LibvirtState::NotUsed,
+            (Some(uri), true) => LibvirtState::Connected { uri: uri.clone() },
+            (Some(uri), false) => {
+                LibvirtState::Unreachable { uri: uri.clone(), why: "not reached at start".into() }
+            }
+        };
+        Self {
+            name: of(uname.as_ref().map(|uname| uname.nodename())),
+            kernel: of(uname.as_ref().map(|uname| uname.release())),
+            cpus: std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u32),
+            config_path,
+            started_at: super::monotonic(),
+            libvirt,
+            barred,
+            late: 0,
+            took: None,
+            busy_before: None,
+            busy_ratio: None,
+        }
+    }
+
+    /// Takes the node's busy time.
+    pub fn busy(&mut self, at: Nanos, host: &HostSample) {
+        self.cpus = host.cpus;
+        let before = self.busy_before;
+        self.busy_before = host.cpu_busy_ns.map(|busy| (at, busy));
+        self.busy_ratio = host.cpu_busy_ns.zip(before).map(|(busy, (then, before))| {
+            let capacity = at.since(then).0 as f64 * f64::from(host.cpus.max(1));
+            (busy.saturating_sub(before) as f64 / capacity).min(1.0)
+        });
+    }
+}
+
+/// What is remembered of a VM besides what sense, act and core do.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub class: ClassName,
+    at: Nanos,
+    attainment: Attainment,
+    cpu_usage_ns: Option<u64>,
+    throttled_ns: Option<u64>,
+}
+
+impl Seen {
+    pub fn new(at: Nanos, class: ClassName) -> Self {
+        Self {
+            class,
+            at,
+            attainment: Attainment::default(),
+            cpu_usage_ns: None,
+            throttled_ns: None,
+        }
+    }
+
+    pub fn usage(&mut self, reading: &VmReading) {
+        self.cpu_usage_ns = reading.cpu_usage_ns;
+        self.throttled_ns = reading.throttled_ns;
+    }
+
+    pub fn decided(&mut self, decision: &Decision) {
+        let evidence = &decision.evidence;
+        if let (Some(measured), Some(target)) = (evidence.measured, evidence.target) {
+            self.attainment.windows += 1;
+            self.attainment.met += u64::from(measured <= target);
+        }
+    }
+}
+
+impl Agent {
+    /// Everything there is to see, now.
+    pub(super) fn snapshot(&self, now: Nanos) -> Snapshot {
+        let mut vms: std::collections::BTreeMap<_, _> = self
+            .sense
+            .vms()
+            .iter()
+            .filter_map(|(id, vm)| {
+                let seen = self.vms.get(id)?;
+                let mut state = VmState::new(vm, seen.class.clone(), seen.at);
+                let class = self.config.policy.classes.get(&seen.class);
+                let original = self.act.original(id).or_else(|| self.weights.original(id));
+                state.slo = class.and_then(|class| class.slo.clone());
+                state.attainment = state.slo.is_some().then_some(seen.attainment);
+                state.cpu_weight = self.weights.last(id);
+                state.cpu_weight_original = original;
+                if let Some(class) = class
+                    && let Some(entitlement) = class.cpu_weight.or(original)
+                {
+                    state.cpu_weight_entitlement = Some(entitlement);
+                    let bounds: (Weight, Weight) = (
+                        entitlement.scaled(class.floor_ratio).min(entitlement),
+                        entitlement.scaled(class.ceiling_ratio).max(entitlement),
+                    );
+                    state.cpu_weight_bounds = Some(bounds);
+                }
+                state.recent = Some(self.recent.runq(id, now));
+                state.runq = self
+                    .sense
+                    .runq(id)
+                    .map(|totals| RunqCounts::from_dense(totals.buckets(), totals.wait_ns));
+                state.cpu_usage_ns = seen.cpu_usage_ns;
+                state.throttled_ns = seen.throttled_ns;
+                Some((id.clone(), state))
+            })
+            .collect();
+        for decision in self.plan.iter().flat_map(|plan| &plan.decisions) {
+            if let Some(state) = vms.get_mut(&decision.vm) {
+                state.decided(decision);
+            }
+        }
+        for state in vms.values_mut() {
+            self.decisions.fill(state);
+        }
+        Snapshot { at: now, node: self.node(), vms, decisions: self.decisions.records() }
+    }
+
+    fn node(&self) -> Node {
+        let health = self.sense.health();
+        let facts = &self.facts;
+        Node {
+            name: facts.name.clone(),
+            kernel: facts.kernel.clone(),
+            cpus: facts.cpus,
+            busy_ratio: facts.busy_ratio,
+            cgroup: CgroupLayout {
+                version: health.hierarchies.version,
+                cpu_root: health.hierarchies.cpu.clone(),
+            },
+            libvirt: facts.libvirt.clone(),
+            modes: self.config.policy.modes,
+            enforce_blocked: facts.barred.clone(),
+            probe: ProbeState {
+                method: Some("tp_btf".into()),
+                blind: self.host.as_ref().and_then(|host| host.blind.clone()),
+                discarded: health.discarded,
+                unmeasured_vms: u64::from(health.not_measured),
+            },
+            agent: AgentState {
+                version: env!("CARGO_PKG_VERSION").into(),
+                pid: std::process::id(),
+                config: facts.config_path.clone(),
+                started_at: facts.started_at,
+                tick: self.config.policy.tick,
+                ticks: self.seq,
+                ticks_late: facts.late,
+                last_tick_at: (self.seq > 0).then_some(self.last_at),
+                last_tick_took: facts.took,
+                cost: OwnCost::read(),
+            },
+            counters: self.decisions.counters(),
+        }
+    }
+}
