@@ -401,12 +401,28 @@ impl Act {
         if written.is_ok() && journal.is_long() {
             written = journal.compact(self.entries.values());
         }
-        written.map_err(|error| {
-            let why = format!("failed to write the journal: {error}; originals come back on stop");
-            tracing::error!("enforcement ends: {why}");
-            self.journal = Err(why.clone());
-            ActError::Barred { why }
-        })
+        written.map_err(|error| self.bar(&error))
+    }
+
+    /// Closes the journal for good.
+    fn bar(&mut self, error: &io::Error) -> ActError {
+        let why = format!("failed to write the journal: {error}; originals come back on stop");
+        tracing::error!("enforcement ends: {why}");
+        self.journal = Err(why.clone());
+        ActError::Barred { why }
+    }
+
+    /// Rewrites the journal so that it holds open entries only. Done without being asked
+    /// when it has become long.
+    ///
+    /// # Errors
+    /// [`ActError::Barred`]: it failed, and enforcement has ended.
+    pub fn compact(&mut self) -> Result<(), ActError> {
+        let compacted = match &mut self.journal {
+            Ok(journal) => journal.compact(self.entries.values()),
+            Err(why) => return Err(ActError::Barred { why: why.clone() }),
+        };
+        compacted.map_err(|error| self.bar(&error))
     }
 
     /// The VM is gone: its entries are closed, and its knobs may be changed again if it

@@ -174,25 +174,33 @@ pub(super) fn replay(bytes: &[u8], boot: &str) -> Replay {
     let mut open: BTreeMap<Key, (Entry, String)> = BTreeMap::new();
     let mut expected = 0;
     for (index, line) in bytes.split_inclusive(|byte| *byte == b'\n').enumerate() {
-        let whole = line.strip_suffix(b"\n");
-        let Some(read) = decode(whole.unwrap_or(line)) else {
-            // Only the last line can lack its newline.
-            if whole.is_some() || index == 0 {
-                let why = || format!("line {} does not match its checksum", index + 1);
-                replay.damage.get_or_insert_with(why);
+        let ended = line.strip_suffix(b"\n");
+        let mut bad = |why: &str| {
+            replay.damage.get_or_insert_with(|| format!("line {} {why}", index + 1));
+        };
+        let read = match (decode(ended.unwrap_or(line)), ended) {
+            (Some(read), _) => read,
+            (None, Some(_)) => {
+                bad("does not match its checksum");
+                continue;
             }
-            continue;
+            // Only the last line can lack its newline, which may have become another byte.
+            (None, None) => match line.split_last().and_then(|(_, line)| decode(line)) {
+                Some(read) => {
+                    bad("does not end as it should");
+                    read
+                }
+                None => continue,
+            },
         };
         if read.n != expected {
-            let why = || format!("line {} is number {}, not {expected}", index + 1, read.n);
-            replay.damage.get_or_insert_with(why);
+            bad(&format!("is number {}, not {expected}", read.n));
         }
         expected = read.n.saturating_add(1);
         match read.record {
             Record::Header { version: VERSION } if index == 0 => {}
             Record::Header { version } => {
-                let why = || format!("line {} begins a journal of version {version}", index + 1);
-                replay.damage.get_or_insert_with(why);
+                bad(&format!("begins a journal of version {version}"));
             }
             Record::Intent { entry } => {
                 open.insert(entry.key(), (entry, read.boot));
@@ -224,3 +232,6 @@ pub(super) fn replay(bytes: &[u8], boot: &str) -> Replay {
     }
     replay
 }
+
+#[cfg(test)]
+mod tests;
