@@ -2,3 +2,4 @@
 
 pub mod knob;
 pub mod libvirtd;
+pub mod payload;

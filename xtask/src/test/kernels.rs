@@ -8,11 +8,11 @@ use crate::vm::initramfs::{INIT_PAYLOAD, Initramfs};
 use crate::vm::kernel::{self, Kernel};
 use crate::vm::run::{Ended, Machine, run as run_machine};
 use crate::{progress, sh};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -52,12 +52,12 @@ struct Checked {
 
 /// Builds the payload and runs it on every kernel.
 pub fn run() -> Result<Count> {
-    let payload = build()?;
+    let programs = build()?;
     let mut count = Count::default();
     let mut all = Vec::new();
     for series in kernel::TESTED {
         let kernel = kernel::get(*series)?;
-        match run_on(&kernel, series.name(), &payload) {
+        match run_on(&kernel, series.name(), &programs) {
             Ok((checked, counted)) => {
                 count.add(counted);
                 all.push(checked);
@@ -76,30 +76,36 @@ pub fn run() -> Result<Count> {
     Ok(count)
 }
 
-/// Builds the static program; returns its file.
-fn build() -> Result<PathBuf> {
+/// The static programs.
+struct Programs {
+    payload: PathBuf,
+    formtune: PathBuf,
+}
+
+/// Builds them, without libvirt, which there is no static library of.
+fn build() -> Result<Programs> {
     progress::run(
         "building the static test program",
         "build-static",
         Command::new("cargo")
             .current_dir(sh::root())
             .args(["build", "--package", "formtune-tests", "--bin", "vm_payload"])
+            .args(["--package", "formtune-agent", "--bin", "formtune"])
             .args(["--no-default-features", "--target", TARGET])
             .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static"),
     )?;
-    let file = sh::target().join(TARGET).join("debug/vm_payload");
-    if !file.is_file() {
-        bail!("cargo left no {}", file.display());
-    }
-    Ok(file)
+    let folder = sh::target().join(TARGET).join("debug");
+    Ok(Programs { payload: folder.join("vm_payload"), formtune: folder.join("formtune") })
 }
 
 /// Runs the payload on one kernel.
-fn run_on(kernel: &Kernel, name: &str, payload: &Path) -> Result<(Checked, Count)> {
+fn run_on(kernel: &Kernel, name: &str, programs: &Programs) -> Result<(Checked, Count)> {
     let folder = tempfile::tempdir_in(sh::target())?;
     let file = folder.path().join("initramfs");
     let mut initramfs = Initramfs::new(kernel, INIT_PAYLOAD)?;
-    initramfs.copy("payload/run", payload)?;
+    initramfs
+        .copy("payload/run", &programs.payload)?
+        .copy("payload/formtune", &programs.formtune)?;
     initramfs.write(&file)?;
     let ended = run_machine(&Machine {
         name: &format!("kernel-{name}"),

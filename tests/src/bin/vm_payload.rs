@@ -1,0 +1,294 @@
+//! Runs as a static program inside machines with other kernels and a real cgroup v2
+//! (`cargo xtask test --only vm`): the probe loads and attributes a known load, weights take
+//! effect, the agent closes its loop and puts everything back.
+
+use anyhow::{Context, Result, ensure};
+use formtune_agent::act::Act;
+use formtune_agent::sense::{Sense, SenseConfig};
+use formtune_agent::vm::Vm;
+use formtune_core::plan::{Knob, OutcomeResult, Reason, Setpoint};
+use formtune_core::policy::Mode;
+use formtune_core::units::{Nanos, VmId, Weight};
+use formtune_tests::payload::{Agent, Checks, eventually};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::signal::Signal;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+const ROOT: &str = "/sys/fs/cgroup";
+const AGENT: &str = "/payload/formtune";
+const STATE: &str = "/run/formtune";
+
+/// systemd's layout, with its escapes, for the two that compete.
+const VICTIM: &str = r"machine.slice/machine-qemu\x2d1\x2dweb\x2d1.scope/libvirt/vcpu0";
+const NEIGHBOUR: &str = r"machine.slice/machine-qemu\x2d2\x2dbatch\x2d1.scope/libvirt/vcpu0";
+/// The layout without systemd, for one that does nothing.
+const IDLE: &str = "machine/qemu-3-idle.libvirt-qemu/vcpu0";
+/// Their names, sorted.
+const VMS: [&str; 3] = ["batch-1", "idle", "web-1"];
+/// No VM at all.
+const OUTSIDE: &str = "system.slice/cron.service";
+
+/// The victim is promised what it cannot have beside a spinning neighbour on one CPU.
+const POLICY: &str = r#"libvirt = "off"
+[cpu]
+cooldown = "1s"
+
+[[rules]]
+vms = ["web-*"]
+class = "web"
+
+[[rules]]
+vms = ["batch-*"]
+class = "batch"
+
+[classes.web]
+priority = "high"
+
+[classes.web.slo]
+threshold = "100us"
+min_samples = 5
+
+[classes.batch]
+priority = "low"
+slo = "off"
+"#;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().as_deref() == Some("spin") {
+        loop {
+            std::hint::spin_loop();
+        }
+    }
+    let mut checks = Checks::default();
+    let load = Load::start();
+    checks.run("loads", || {
+        load.as_ref().map_err(|error| anyhow::anyhow!("{error:#}"))?;
+        let mut sense = open_sense()?;
+        let reading = sense.sample(now()?);
+        ensure!(reading.host.blind.is_none(), "blind: {:?}", reading.host.blind);
+        Ok(format!("{:?}", sense.health()))
+    });
+    checks.run("attributes", || attributes(load.as_ref().map_err(|e| anyhow::anyhow!("{e:#}"))?));
+    checks.run("acts", acts);
+    checks.run("closes the loop", || closes_the_loop().map(|(_, detail)| detail));
+    checks.run("restores after SIGKILL", || {
+        let (mut agent, set) = closes_the_loop()?;
+        agent.signal(Signal::SIGKILL)?;
+        agent.wait()?;
+        ensure!(changed()?, "weights were back before the restart");
+        let _agent = start("shadow")?;
+        originals()?;
+        Ok(format!("{set}; after the restart {:?}", weights()?))
+    });
+    checks.run("restores on stop", || {
+        let (mut agent, set) = closes_the_loop()?;
+        agent.signal(Signal::SIGTERM)?;
+        let status = agent.wait()?;
+        ensure!(status.success(), "formtune ended with {status}; {}", agent.log_tail());
+        originals()?;
+        Ok(format!("{set}; afterwards {:?}", weights()?))
+    });
+    checks.exit_code()
+}
+
+/// Spinning processes in VM-shaped cgroups; ended when dropped.
+struct Load {
+    victim: Child,
+    neighbour: Child,
+    outside: Vec<Child>,
+}
+
+impl Load {
+    /// Victim and neighbour share CPU 0; two processes of no VM share CPU 1.
+    fn start() -> Result<Self> {
+        make_group(IDLE)?;
+        let victim = spin(VICTIM, 0)?;
+        let neighbour = spin(NEIGHBOUR, 0)?;
+        Ok(Self { victim, neighbour, outside: vec![spin(OUTSIDE, 1)?, spin(OUTSIDE, 1)?] })
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        for child in [&mut self.victim, &mut self.neighbour].into_iter().chain(&mut self.outside) {
+            // The machine is about to be switched off anyway.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Makes a cgroup with the cpu controller on at every level above it.
+fn make_group(path: &str) -> Result<PathBuf> {
+    let mut group = PathBuf::from(ROOT);
+    for component in Path::new(path).components() {
+        let control = group.join("cgroup.subtree_control");
+        fs::write(&control, "+cpu")
+            .with_context(|| format!("failed to write {}", control.display()))?;
+        group.push(component);
+        if !group.exists() {
+            fs::create_dir(&group)?;
+        }
+    }
+    Ok(group)
+}
+
+fn spin(group: &str, cpu: usize) -> Result<Child> {
+    let group = make_group(group)?;
+    let child = Command::new("/proc/self/exe").arg("spin").stdin(Stdio::null()).spawn()?;
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    sched_setaffinity(pid, &cpus)?;
+    fs::write(group.join("cgroup.procs"), pid.to_string())?;
+    Ok(child)
+}
+
+fn now() -> Result<Nanos> {
+    Ok(Nanos(Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).as_nanos() as u64))
+}
+
+/// The kernel's own account of a process's waits, nanoseconds (`sched_info.run_delay`).
+fn run_delay(process: &Child) -> Result<u64> {
+    let path = format!("/proc/{}/schedstat", process.id());
+    let text = fs::read_to_string(&path).with_context(|| format!("failed to read {path}"))?;
+    text.split_whitespace().nth(1).context("no run_delay")?.parse().context("run_delay")
+}
+
+/// Probes loaded and exactly the three VMs found, as promised within a second.
+fn open_sense() -> Result<Sense> {
+    let mut sense = Sense::open(&SenseConfig::default(), None)?;
+    let found = eventually(Duration::from_secs(1), "complete inventory", || {
+        sense.sample(now()?);
+        Ok(sense.vms().keys().map(ToString::to_string).eq(VMS).then_some(()))
+    });
+    found.with_context(|| format!("VMs found: {:?}", sense.vms().keys()))?;
+    Ok(sense)
+}
+
+/// What the probe counts for a VM over 3 s is what the kernel says of its only process; the
+/// idle VM has next to nothing, though two processes outside of any VM wait all the time.
+fn attributes(load: &Load) -> Result<String> {
+    let mut sense = open_sense()?;
+    let totals = |sense: &Sense| -> Result<[(u64, u64); 3]> {
+        let mut all = [(0, 0); 3];
+        for (to, vm) in all.iter_mut().zip(["web-1", "batch-1", "idle"]) {
+            let totals = sense.runq(&vm.into()).with_context(|| format!("{vm} is not measured"))?;
+            *to = (totals.count, totals.wait_ns);
+        }
+        Ok(all)
+    };
+    let delays =
+        || -> Result<[u64; 2]> { Ok([run_delay(&load.victim)?, run_delay(&load.neighbour)?]) };
+    sense.sample(now()?);
+    let (before, delays_before) = (totals(&sense)?, delays()?);
+    std::thread::sleep(Duration::from_secs(3));
+    sense.sample(now()?);
+    let (after, delays_after) = (totals(&sense)?, delays()?);
+    let mut lines = Vec::new();
+    for (index, vm) in ["web-1", "batch-1"].into_iter().enumerate() {
+        let ours = (after[index].1 - before[index].1) as f64 / 1e6;
+        let kernels = (delays_after[index] - delays_before[index]) as f64 / 1e6;
+        let waits = after[index].0 - before[index].0;
+        lines.push(format!("{vm} {waits} waits, {ours:.0} ms, kernel {kernels:.0} ms"));
+        ensure!(kernels > 500.0, "the load did not wait: {lines:?}");
+        // A wait that began before or ends after the interval counts wholly in one of them.
+        ensure!((ours / kernels - 1.0).abs() < 0.1, "{lines:?}");
+    }
+    let idle = after[2].1 - before[2].1;
+    ensure!(idle == 0, "the idle VM waited {idle} ns");
+    Ok(lines.join("; "))
+}
+
+fn file(path: &str, name: &str) -> PathBuf {
+    // The scope: two levels above its vcpu0.
+    let vcpu = Path::new(ROOT).join(path);
+    vcpu.ancestors().nth(2).expect("a scope holds libvirt/vcpu0").join(name)
+}
+
+/// Victim's and neighbour's weight.
+fn weights() -> Result<[u32; 2]> {
+    let read = |path: &str| -> Result<u32> {
+        Ok(fs::read_to_string(file(path, "cpu.weight"))?.trim().parse()?)
+    };
+    Ok([read(VICTIM)?, read(NEIGHBOUR)?])
+}
+
+fn changed() -> Result<bool> {
+    Ok(weights()? != [100, 100])
+}
+
+fn originals() -> Result<()> {
+    eventually(Duration::from_secs(15), "return of the originals", || {
+        Ok((!changed()?).then_some(()))
+    })
+}
+
+/// CPU time of a VM, microseconds.
+fn usage(path: &str) -> Result<u64> {
+    let text = fs::read_to_string(file(path, "cpu.stat"))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("usage_usec "))
+        .context("no usage_usec")?
+        .parse()
+        .context("usage_usec")
+}
+
+/// Weights 400 and 100, written by `act`, give CPU time in about that ratio; then back.
+fn acts() -> Result<String> {
+    let sense = open_sense()?;
+    let vm = |name: &str| -> Result<Arc<Vm>> {
+        sense.vms().get(&VmId::from(name)).cloned().with_context(|| format!("no vm {name}"))
+    };
+    let (mut act, _) = Act::open(Path::new("/run/formtune-act"), None)?;
+    let setpoint = Setpoint {
+        vm: "web-1".into(),
+        knob: Knob::CpuWeight,
+        from: Weight::try_from(100)?,
+        to: Weight::try_from(400)?,
+        mode: Mode::Enforce,
+        victim: Some("web-1".into()),
+        reason: Reason::NotMeasured,
+    };
+    let outcome = act.execute(&*vm("web-1")?, &setpoint, 1);
+    ensure!(matches!(outcome.result, OutcomeResult::Applied { .. }), "{outcome:?}");
+    ensure!(weights()? == [400, 100], "weights are {:?}", weights()?);
+    // The scheduler needs a moment to even out what went before.
+    std::thread::sleep(Duration::from_millis(500));
+    let before = [usage(VICTIM)?, usage(NEIGHBOUR)?];
+    std::thread::sleep(Duration::from_secs(3));
+    let after = [usage(VICTIM)?, usage(NEIGHBOUR)?];
+    let ratio = (after[0] - before[0]) as f64 / (after[1] - before[1]) as f64;
+    ensure!((2.0..=8.0).contains(&ratio), "CPU time in ratio {ratio:.2} at 400:100");
+    let report = act.restore_all();
+    ensure!(!changed()?, "weights are {:?} after restoring: {report:?}", weights()?);
+    Ok(format!("CPU time in ratio {ratio:.2} at 400:100"))
+}
+
+fn start(mode: &str) -> Result<Agent> {
+    let (top, tables) = POLICY.split_once('\n').expect("the policy has several lines");
+    Agent::start(
+        Path::new(AGENT),
+        Path::new(STATE),
+        &format!("{top}\n[mode]\ncpu_weight = \"{mode}\"\n{tables}"),
+    )
+}
+
+/// Starts the agent and waits for a changed weight.
+fn closes_the_loop() -> Result<(Agent, String)> {
+    ensure!(!changed()?, "weights are {:?} before the start", weights()?);
+    let agent = start("enforce")?;
+    let set = eventually(Duration::from_secs(60), "changed weight", || {
+        let weights = weights()?;
+        Ok((weights != [100, 100]).then_some(weights))
+    })
+    .with_context(|| agent.log_tail())?;
+    Ok((agent, format!("weights {set:?}")))
+}
