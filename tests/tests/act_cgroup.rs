@@ -95,6 +95,10 @@ fn a_foreign_value_is_left_alone_for_good() {
     // A VM that came back under the same name is a new one.
     act.forget(&knob.vm().id);
     assert_eq!(set(&mut act, &knob, 300, 5), applied(300));
+
+    // One that is only out of sight gets its original back.
+    act.forget(&knob.vm().id);
+    assert_eq!(knob.raw(), 777);
 }
 
 #[test]

@@ -1,15 +1,33 @@
 //! The libvirt connection against a real libvirtd with a real QEMU domain.
 #![cfg(feature = "libvirt")]
 
+use formtune_agent::act::{Act, RestoreResult, restore, weight_of};
 use formtune_agent::hypervisor::{CALL_LIMIT, DomainEvent, Hypervisor, HypervisorError};
+use formtune_agent::vm::{CgroupVersion, Owner, Vm};
+use formtune_core::plan::OutcomeResult;
+use formtune_core::units::{VmId, Weight};
+use formtune_tests::knob::setpoint;
 use formtune_tests::libvirtd::Libvirtd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Shared by the tests of this file, which run one after another.
+/// What libvirtd learns of QEMU, which takes it 8 s: shared by the tests of this file.
 fn libvirt_cache() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-cache")
+}
+
+/// One test after another, because of that folder.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn signal(daemon: &Libvirtd, signal: nix::sys::signal::Signal) {
+    let pid = nix::unistd::Pid::from_raw(daemon.pid().unwrap().try_into().unwrap());
+    nix::sys::signal::kill(pid, signal).unwrap();
 }
 
 /// Unique among everything that runs on the machine.
@@ -34,6 +52,7 @@ fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
 
 #[test]
 fn lists_hears_reads_and_sets_across_a_restart_of_libvirtd() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let mut daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
     let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
@@ -80,11 +99,11 @@ fn lists_hears_reads_and_sets_across_a_restart_of_libvirtd() {
 
 #[test]
 fn a_hung_libvirtd_costs_one_limit_and_then_nothing() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
     let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
-    let pid = nix::unistd::Pid::from_raw(daemon.pid().unwrap().try_into().unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    signal(&daemon, nix::sys::signal::Signal::SIGSTOP);
 
     let begin = Instant::now();
     let error = libvirt.domains().unwrap_err();
@@ -95,7 +114,7 @@ fn a_hung_libvirtd_costs_one_limit_and_then_nothing() {
     assert!(matches!(libvirt.domains(), Err(HypervisorError::NoAnswer { .. })));
     assert!(begin.elapsed() < CALL_LIMIT);
 
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
+    signal(&daemon, nix::sys::signal::Signal::SIGCONT);
     let listed = until("an answer again", || libvirt.domains().ok());
     assert_eq!(listed, []);
 }
@@ -106,4 +125,120 @@ fn no_libvirtd_is_one_clear_line() {
     let error = Hypervisor::connect(uri).unwrap_err().to_string();
     assert!(error.starts_with(&format!("failed to connect to libvirt at {uri}: ")), "{error}");
     assert_eq!(error.lines().count(), 1);
+}
+
+/// A real domain whose knob is changed through libvirt.
+struct Domain {
+    name: String,
+    shares: PathBuf,
+    vm: Vm,
+}
+
+impl Domain {
+    fn start(daemon: &Libvirtd, name: &str) -> Self {
+        let name = unique(name);
+        daemon.start_spinning(&name).unwrap();
+        let cgroup = daemon.cpu_cgroup(&name).unwrap();
+        let vm = Vm {
+            id: VmId(name.clone()),
+            uuid: None,
+            vcpus: 1,
+            owner: Owner::Libvirt { domain: name.clone() },
+            cgroup_id: std::fs::metadata(&cgroup).unwrap().ino(),
+            cgroup_version: CgroupVersion::V1,
+            cgroup: cgroup.clone(),
+        };
+        Self { name, shares: cgroup.join("cpu.shares"), vm }
+    }
+
+    fn raw(&self) -> u64 {
+        std::fs::read_to_string(&self.shares).unwrap().trim().parse().unwrap()
+    }
+
+    fn set(&self, act: &mut Act, to: u32, plan_seq: u64) -> OutcomeResult {
+        let from = weight_of(CgroupVersion::V1, self.raw());
+        act.execute(&self.vm, &setpoint(&self.vm, from, to), plan_seq).result
+    }
+}
+
+fn applied(value: u32) -> OutcomeResult {
+    OutcomeResult::Applied { value: Weight::new(value).unwrap() }
+}
+
+#[test]
+fn weights_go_through_libvirt_and_come_back_without_it() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let state = tempfile::tempdir().unwrap();
+    let mut daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
+    let domain = Domain::start(&daemon, "w");
+    let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
+    libvirt.set_cpu_shares(&domain.name, 1000).unwrap();
+    let (mut act, _) = Act::open(state.path(), Some(libvirt.clone())).unwrap();
+    assert_eq!(domain.set(&mut act, 200, 1), applied(200));
+    assert_eq!(libvirt.cpu_shares(&domain.name).unwrap(), 2048);
+
+    // Killed agent, next start.
+    drop(act);
+    let (mut act, report) = Act::open(state.path(), Some(libvirt.clone())).unwrap();
+    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: 2048 });
+    assert_eq!(libvirt.cpu_shares(&domain.name).unwrap(), 1000);
+
+    // Killed agent and killed libvirtd: the cgroup is written, as libvirt would have.
+    assert_eq!(domain.set(&mut act, 300, 1), applied(300));
+    daemon.kill().unwrap();
+    until("libvirt's end noticed", || libvirt.domains().err());
+    let refused = domain.set(&mut act, 400, 2);
+    assert!(matches!(refused, OutcomeResult::Refused { .. }), "{refused:?}");
+    assert_eq!(domain.raw(), 3072);
+    drop(act);
+    let report = restore(state.path(), || None).unwrap();
+    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: 3072 });
+    assert_eq!(domain.raw(), 1000);
+    daemon.restart().unwrap();
+    assert_eq!(until("cpu_shares again", || libvirt.cpu_shares(&domain.name).ok()), 1000);
+
+    // Somebody else's value, set with virsh.
+    let (mut act, _) = Act::open(state.path(), Some(libvirt.clone())).unwrap();
+    assert_eq!(domain.set(&mut act, 200, 1), applied(200));
+    daemon.virsh_ok(&["schedinfo", &domain.name, "--live", "--set", "cpu_shares=777"]).unwrap();
+    let found = weight_of(CgroupVersion::V1, 777);
+    assert_eq!(domain.set(&mut act, 300, 2), OutcomeResult::Yielded { found });
+    assert_eq!(act.restore_all().knobs, []);
+    assert_eq!(domain.raw(), 777);
+
+    // The domain ends between decision and write.
+    daemon.destroy(&domain.name).unwrap();
+    until("the cgroup's end", || (!domain.shares.exists()).then_some(()));
+    let decided = setpoint(&domain.vm, found, 300);
+    let outcome = act.execute(&domain.vm, &decided, 3).result;
+    let OutcomeResult::Refused { why } = outcome else { panic!("{outcome:?}") };
+    assert!(why.ends_with("is gone"), "{why}");
+}
+
+#[test]
+fn a_write_that_a_hung_libvirt_makes_late_is_still_undone() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let state = tempfile::tempdir().unwrap();
+    let daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
+    let domain = Domain::start(&daemon, "late");
+    let original = domain.raw();
+    let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
+    let (mut act, _) = Act::open(state.path(), Some(libvirt.clone())).unwrap();
+    signal(&daemon, nix::sys::signal::Signal::SIGSTOP);
+    let refused = domain.set(&mut act, 200, 1);
+    assert!(matches!(refused, OutcomeResult::Refused { .. }), "{refused:?}");
+    assert_eq!(domain.raw(), original);
+    // Stopping now: the original is there, but that is not the end of it.
+    let report = act.restore_all();
+    assert!(!report.is_complete(), "{report:?}");
+    drop(act);
+
+    signal(&daemon, nix::sys::signal::Signal::SIGCONT);
+    until("the late write", || (domain.raw() == 2048).then_some(()));
+    let libvirt = until("libvirt again", || Hypervisor::connect(&daemon.uri()).ok());
+    let (_, report) = Act::open(state.path(), Some(libvirt)).unwrap();
+    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: 2048 });
+    assert_eq!(domain.raw(), original);
 }

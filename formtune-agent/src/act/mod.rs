@@ -426,25 +426,35 @@ impl Act {
     }
 
     /// The VM is gone: its entries are closed, and its knobs may be changed again if it
-    /// comes back.
+    /// comes back. Where its cgroup is still there (the VM is only out of sight), the
+    /// original is brought back first.
     pub fn forget(&mut self, vm: &VmId) {
-        let of_vm = |key: &Key| key.0 == *vm;
-        self.yielded.retain(|key, _| !of_vm(key));
-        let keys: Vec<Key> = self.entries.keys().filter(|key| of_vm(key)).cloned().collect();
-        for key in keys {
-            // A failure bars enforcement and is logged there. The stale line names a
-            // cgroup that is gone, so nothing follows from it.
-            let _ = self.close(&key, Closed::Gone);
+        self.yielded.retain(|key, _| key.0 != *vm);
+        // A journal that fails bars enforcement and says so there; a line that stays open
+        // names a cgroup that is gone or a knob at its original: nothing follows from it.
+        for knob in self.restore_where(|key| key.0 == *vm).knobs {
+            match knob.result {
+                RestoreResult::Gone => {}
+                RestoreResult::Failed { .. } => tracing::error!("{knob}"),
+                _ => tracing::warn!("{knob}: the vm is out of sight, its cgroup is not"),
+            }
         }
     }
 
     /// Brings every original back, whether or not the journal can still be written.
     pub fn restore_all(&mut self) -> RestoreReport {
+        self.restore_where(|_| true)
+    }
+
+    fn restore_where(&mut self, wanted: impl Fn(&Key) -> bool) -> RestoreReport {
         let mut report = RestoreReport::default();
         let mut closed = Vec::new();
         let hypervisor = self.hypervisor.as_ref();
         let damaged = self.damaged;
-        self.entries.retain(|_, entry| {
+        self.entries.retain(|key, entry| {
+            if !wanted(key) {
+                return true;
+            }
             let restored = restore::restore_entry(entry, damaged, hypervisor);
             let closing = restore::closing(entry, &restored.result);
             report.knobs.push(restored);
