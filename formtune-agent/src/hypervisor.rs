@@ -34,6 +34,26 @@ pub struct Domain {
     pub vcpus: u32,
 }
 
+/// A version as libvirt counts: major × 1,000,000 + minor × 1,000 + release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version(pub u32);
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self(v) = self;
+        write!(f, "{}.{}.{}", v / 1_000_000, v / 1_000 % 1_000, v % 1_000)
+    }
+}
+
+/// Versions at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Versions {
+    /// Of libvirt's daemon.
+    pub libvirt: Version,
+    /// Of the hypervisor, usually QEMU.
+    pub hypervisor: Version,
+}
+
 /// What a subscriber is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DomainEvent {
@@ -130,6 +150,10 @@ impl Hypervisor {
     }
     /// Never called: there is no connection.
     pub fn domains(&self) -> Result<Vec<Domain>, HypervisorError> {
+        match self.0 {}
+    }
+    /// Never called: there is no connection.
+    pub fn versions(&self) -> Result<Versions, HypervisorError> {
         match self.0 {}
     }
     /// Never called: there is no connection.

@@ -7,6 +7,7 @@ pub mod act;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod doctor;
 pub mod export;
 pub mod hypervisor;
 pub mod record;

@@ -6,12 +6,14 @@
 //! the end, at the next start after a crash, and by `formtune restore`. `docs/journal.md`
 //! describes the file and its invariants.
 
+mod inspect;
 mod journal;
 mod libvirt;
 mod record;
 mod restore;
 mod weight;
 
+pub use inspect::{Inspection, inspect};
 pub use restore::{RecoveryReport, RestoreReport, RestoreResult, Restored, restore};
 pub use weight::{raw_of, weight_of};
 

@@ -41,7 +41,7 @@ impl At {
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "formtune is not running: nobody answers on {} (start it with `systemctl start formtune` \
+        "the agent is not running: nobody answers on {} (start it with `systemctl start formtune` \
          or `formtune run`)",
         .0.display()
     )]

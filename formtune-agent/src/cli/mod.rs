@@ -4,6 +4,7 @@
 mod advice;
 pub mod client;
 mod config;
+pub mod doctor;
 pub mod explain;
 mod replay;
 mod restore;
@@ -83,6 +84,8 @@ at once, and `formtune restore` or the next start puts the knobs back.")]
     Status(status::Args),
     /// Show why a VM is as it is, and what would change it
     Explain(explain::Args),
+    /// Check whether this node is fit for formtune; exit code 1 if something is to be done
+    Doctor,
     /// Print the plans that a recorded run leads to, the same each time
     #[command(after_help = "\
 Examples:
@@ -107,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&cli.global, args),
         Command::Status(args) => status::run(&cli.global, &args),
         Command::Explain(args) => explain::run(&cli.global, &args),
+        Command::Doctor => doctor::run(&cli.global),
         Command::Replay(args) => replay::run(&cli.global, &args),
         Command::Config(command) => config::run(&cli.global, &command),
         Command::Restore(args) => restore::run(&cli.global, &args),

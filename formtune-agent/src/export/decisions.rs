@@ -4,9 +4,7 @@
 //! decision to do something, and of the others those that give a new reason, at most one
 //! per VM and ten seconds: a thousand idle VMs must not push out the one that matters.
 
-use super::snapshot::{
-    Attainment, Change, Counters, DecisionCount, DecisionRecord, VmState, result_name,
-};
+use super::snapshot::{Change, Counters, DecisionCount, DecisionRecord, VmState, result_name};
 use formtune_core::plan::{Action, Decision, Outcome, Plan, Reason};
 use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId};
@@ -35,7 +33,6 @@ struct PerVm {
     /// When something was last entered about it, and with which reason.
     entered: Option<(Nanos, Discriminant<Reason>)>,
     last_action: Option<Arc<DecisionRecord>>,
-    kept: Attainment,
 }
 
 impl PerVm {
@@ -59,10 +56,6 @@ impl DecisionLog {
                 self.vms.insert(decision.vm.clone(), PerVm::default());
             }
             let vm = self.vms.get_mut(&decision.vm).expect("inserted above");
-            if let Some(slack) = decision.evidence.slack {
-                vm.kept.windows += 1;
-                vm.kept.met += u64::from(slack >= 0.0);
-            }
             if vm.is_news(decision, plan.at) {
                 self.seq += 1;
                 let record = Arc::new(record(self.seq, decision, plan, mode, unix_ms));
@@ -99,11 +92,10 @@ impl DecisionLog {
         }
     }
 
-    /// Sets a VM's last action, and how far its SLO was kept.
+    /// Sets a VM's last action.
     pub fn fill(&self, vm: &mut VmState) {
         if let Some(per_vm) = self.vms.get(&vm.id) {
             vm.last_action = per_vm.last_action.clone();
-            vm.attainment = (per_vm.kept.windows > 0).then_some(per_vm.kept);
         }
     }
 

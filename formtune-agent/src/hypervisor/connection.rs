@@ -1,7 +1,7 @@
 //! The thread that owns the connection, and the handle through which it is asked.
 
 use super::sys::{self, Listener, Watched};
-use super::{CALL_LIMIT, CONNECT_LIMIT, Domain, DomainEvent, HypervisorError};
+use super::{CALL_LIMIT, CONNECT_LIMIT, Domain, DomainEvent, HypervisorError, Version, Versions};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -126,6 +126,19 @@ impl Hypervisor {
             Ok(running.iter().filter_map(describe).collect())
         })?
         .map_err(|e| refused("list domains", &e))
+    }
+
+    /// Version of libvirt and of the hypervisor behind it.
+    ///
+    /// # Errors
+    /// See [`HypervisorError`]. Waits up to [`CALL_LIMIT`].
+    pub fn versions(&self) -> Result<Versions, HypervisorError> {
+        self.call("read versions", |connection| {
+            let connect = connection.connect();
+            let (libvirt, hypervisor) = (connect.lib_version()?, connect.hyp_version()?);
+            Ok(Versions { libvirt: Version(libvirt), hypervisor: Version(hypervisor) })
+        })?
+        .map_err(|e| refused("read versions", &e))
     }
 
     /// Tells the receiver, from now on, what starts and stops. Any number may listen; one

@@ -20,6 +20,7 @@ mod usage;
 pub use config::{CgroupPattern, CgroupPatternError, SenseConfig};
 pub use health::{ProbeHealth, ProbeState};
 pub use runq::RunqTotals;
+pub use slots::trial;
 
 use crate::hypervisor::{Domain, Hypervisor};
 use crate::vm::{Owner, Vm};

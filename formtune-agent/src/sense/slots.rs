@@ -194,6 +194,16 @@ fn greatest(list: &str) -> Option<u32> {
     list.trim().split([',', '-']).filter_map(|number| number.parse().ok()).max()
 }
 
+/// Loads and attaches the probe with the least of maps and detaches it again, so that
+/// `doctor` need not guess.
+pub fn trial(version: CgroupVersion) -> ProbeState {
+    let sizes = Sizes { slots: 1, cpus: possible_cpus(), table: 64, spill: 64 };
+    match Probes::load(version, sizes) {
+        Ok(_) => ProbeState::Loaded,
+        Err(error) => unavailable(&error),
+    }
+}
+
 fn unavailable(error: &ProbeError) -> ProbeState {
     let remedy = match error {
         ProbeError::Btf(super::btf::BtfError::Read { .. }) => {

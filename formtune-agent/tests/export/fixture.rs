@@ -28,7 +28,6 @@ pub fn snapshot() -> Snapshot {
     let mut vms = BTreeMap::new();
     for mut vm in [web(), hog(), idle(), odd()] {
         log.fill(&mut vm);
-        vm.attainment = vm.attainment.map(|_| Attainment { windows: 1_200, met: 1_080 });
         vms.insert(vm.id.clone(), vm);
     }
     Snapshot { at: AT, node: node(&log), vms, decisions: log.records() }
@@ -108,6 +107,7 @@ fn web() -> VmState {
     let mut vm = vm("web-1", "web");
     vm.cpu_weight = Some(weight(150));
     vm.slo = Some(slo());
+    vm.attainment = Some(Attainment { windows: 1_200, met: 1_080 });
     vm.recent = Some(RecentRunq {
         span: Nanos::from_secs(10),
         samples: 48_120,

@@ -2,7 +2,8 @@
 
 use crate::fixture;
 use formtune_agent::cli::style::Style;
-use formtune_agent::cli::{explain, status};
+use formtune_agent::cli::{doctor, explain, status};
+use formtune_agent::doctor::{Check, Verdict};
 use formtune_agent::export::Snapshot;
 use formtune_agent::export::routes::{NodeAnswer, VmAnswer, VmsAnswer};
 use formtune_agent::export::snapshot::{LibvirtState, VmState};
@@ -141,6 +142,29 @@ fn explain_an_idle_vm_in_shadow() {
 #[test]
 fn explain_one_that_is_not_measured_yet() {
     let text = explained(&fixture::snapshot(), "a\"b\\c/d é");
+    assert_fits(&text, 80);
+    insta::assert_snapshot!(text);
+}
+
+#[test]
+fn doctor_names_a_remedy_for_each_finding() {
+    let check = |name, verdict, found: &str, remedy: Option<&str>| Check {
+        name,
+        verdict,
+        found: found.into(),
+        remedy: remedy.map(Into::into),
+    };
+    let checks = [
+        check("kernel", Verdict::Ok, "Linux 6.12.48-amd64 on x86_64", None),
+        check(
+            "libvirt",
+            Verdict::Finding,
+            "failed to connect to libvirt at qemu:///system: no such file or directory",
+            Some("start it, or set `libvirt = \"off\"`"),
+        ),
+        check("rival", Verdict::Note, "TuneD runs (pid 7)", Some("keep it")),
+    ];
+    let text = doctor::render(&checks, PLAIN);
     assert_fits(&text, 80);
     insta::assert_snapshot!(text);
 }

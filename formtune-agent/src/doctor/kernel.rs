@@ -1,0 +1,140 @@
+//! What the kernel must have for the probe.
+
+use super::Check;
+use crate::sense::btf::{self, Btf};
+use crate::sense::cgroup::Hierarchies;
+use crate::sense::{ProbeState, trial};
+use std::path::Path;
+
+/// The oldest kernel that is tested.
+const OLDEST: (u32, u32) = (5, 10);
+
+pub(super) fn release() -> Check {
+    let path = "/proc/sys/kernel/osrelease";
+    let release = match std::fs::read_to_string(path) {
+        Ok(release) => release.trim().to_owned(),
+        Err(error) => {
+            return Check::finding(
+                "kernel",
+                format!("failed to read {path}: {error}"),
+                "mount /proc",
+            );
+        }
+    };
+    let found = format!("Linux {release} on {}", std::env::consts::ARCH);
+    if version(&release).is_some_and(|version| version < OLDEST) {
+        let remedy = "run 5.10 or later; on older kernels the program sched_switch may not load, \
+                      and formtune then measures no waits and changes nothing";
+        return Check::finding("kernel", found, remedy);
+    }
+    Check::ok("kernel", found)
+}
+
+/// `6.12` of `6.12.48+deb13-amd64`.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+pub(super) fn btf() -> Check {
+    let path = Path::new(btf::VMLINUX);
+    match Btf::read(path) {
+        Ok(_) => {
+            let bytes = std::fs::metadata(path).map_or(0, |meta| meta.len());
+            Check::ok("btf", format!("{}, {:.1} MB", path.display(), bytes as f64 / 1e6))
+        }
+        Err(error) => Check::finding(
+            "btf",
+            error.to_string(),
+            "run a kernel with CONFIG_DEBUG_INFO_BTF=y (every Debian kernel since 11); without it \
+             no program can be loaded, so no waits are measured and nothing is changed",
+        ),
+    }
+}
+
+/// Each capability that something needs, with its bit of `CapEff`.
+const CAPABILITIES: [(&str, u32, &str); 4] = [
+    ("CAP_BPF", 39, "to load the probe"),
+    ("CAP_PERFMON", 38, "to attach the probe and read the kernel's structures"),
+    ("CAP_DAC_OVERRIDE", 1, "to write the weights of VMs that libvirt does not own"),
+    ("CAP_SYS_RESOURCE", 24, "to lock the probe's maps in memory"),
+];
+/// From here on maps are charged to the cgroup's memory instead of RLIMIT_MEMLOCK
+/// (commits 97306be45fbe and following).
+const NO_MEMLOCK: (u32, u32) = (5, 11);
+const SYS_ADMIN: u32 = 21;
+
+/// The check, and whether the probe may be loaded.
+pub(super) fn capabilities() -> (Check, bool) {
+    let effective = std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let hex = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+            u64::from_str_radix(hex.trim(), 16).ok()
+        })
+        .unwrap_or(0);
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let missing = missing(effective, version(&release).is_none_or(|v| v < NO_MEMLOCK));
+    let may_load = !missing.iter().any(|(name, _)| ["CAP_BPF", "CAP_PERFMON"].contains(name));
+    if missing.is_empty() {
+        return (Check::ok("rights", "all capabilities that formtune uses"), may_load);
+    }
+    let list: Vec<_> = missing.iter().map(|(name, what)| format!("{name} ({what})")).collect();
+    let found = format!("missing {}", list.join(", "));
+    let remedy = "run as root, or grant them (AmbientCapabilities= in the unit); `status` and \
+                  `explain` need none";
+    (Check::finding("rights", found, remedy), may_load)
+}
+
+fn missing(effective: u64, memlock: bool) -> Vec<(&'static str, &'static str)> {
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    CAPABILITIES
+        .into_iter()
+        .filter(|(_, bit, _)| !has(*bit))
+        .filter(|(name, ..)| !(has(SYS_ADMIN) && ["CAP_BPF", "CAP_PERFMON"].contains(name)))
+        .filter(|(name, ..)| memlock || *name != "CAP_SYS_RESOURCE")
+        .map(|(name, _, what)| (name, what))
+        .collect()
+}
+
+pub(super) fn program(hierarchies: Option<&Hierarchies>, may_load: bool) -> Check {
+    let name = "program";
+    let what = "sched_switch (run-queue latency)";
+    let Some(hierarchies) = hierarchies else {
+        let remedy = "see cgroup; nothing can be told apart without it";
+        return Check::finding(name, format!("{what} was not tried: no cgroups"), remedy);
+    };
+    if !may_load {
+        let found = format!("{what} was not tried: it needs the rights named above");
+        return Check::finding(name, found, "run `formtune doctor` as root");
+    }
+    match trial(hierarchies.version) {
+        ProbeState::Loaded => Check::ok(name, format!("{what} loads and attaches")),
+        ProbeState::Unavailable { program, why, remedy } => {
+            Check::finding(name, format!("{program} cannot be loaded: {why}"), remedy)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_by_number() {
+        assert_eq!(version("6.12.48+deb13-amd64"), Some((6, 12)));
+        assert_eq!(version("5.4.0-42-generic"), Some((5, 4)));
+        assert!(version("5.9.0").unwrap() < OLDEST && version("5.10.0").unwrap() >= OLDEST);
+        assert_eq!(version("unknown"), None);
+    }
+
+    #[test]
+    fn missing_capabilities_are_named_with_their_use() {
+        let all: u64 = (1 << 41) - 1;
+        assert!(missing(all, true).is_empty());
+        let without_bpf = missing(all & !(1 << 39) & !(1 << SYS_ADMIN), true);
+        assert_eq!(without_bpf, [("CAP_BPF", "to load the probe")]);
+        assert!(missing(all & !(1 << 39), true).is_empty(), "CAP_SYS_ADMIN covers it");
+        assert_eq!((missing(0, true).len(), missing(0, false).len()), (4, 3));
+    }
+}
