@@ -13,6 +13,8 @@ extern crate std;
 mod decide;
 mod estimate;
 pub mod plan;
+#[cfg(feature = "plant")]
+pub mod plant;
 pub mod policy;
 pub mod reason;
 pub mod sample;

@@ -366,7 +366,12 @@ impl Cpu<'_, '_, '_> {
     fn give_back(&mut self) {
         for index in 0..self.state.vms.len() {
             let knob = &self.state.vms[index].knob;
-            if self.views[index].answer.is_none() && (knob.is_changed() || knob.is_yielded()) {
+            if self.views[index].answer.is_some() {
+                continue;
+            }
+            if let Some(stuck) = knob.stuck(self.now) {
+                self.answer(index, Action::Hold, stuck);
+            } else if knob.is_changed() {
                 self.reconsider(index);
             }
         }
@@ -377,12 +382,6 @@ impl Cpu<'_, '_, '_> {
         let (Some(weight), Some(original)) = (vm.knob.expected(), vm.knob.original()) else {
             return;
         };
-        if vm.knob.is_yielded() {
-            if let Some(obstacle) = vm.knob.obstacle(self.now, self.cpu) {
-                self.answer(index, Action::Hold, obstacle);
-            }
-            return;
-        }
         if weight > original {
             match self.need(index) {
                 Need::Still(hold) => {

@@ -144,19 +144,23 @@ impl KnobState {
         }
     }
 
-    /// Why the knob may not move at `now`, if so.
-    pub fn obstacle(&self, now: Nanos, cpu: &CpuLoop) -> Option<Reason> {
+    /// Why the knob will not move for long, if so: an operator should know, whether or not
+    /// anything would be done.
+    pub fn stuck(&self, now: Nanos) -> Option<Reason> {
         if let Some(found) = self.yielded {
             return Some(Reason::Yielded { found });
         }
+        let frozen = self.frozen.filter(|frozen| now < frozen.until)?;
+        Some(Reason::Frozen { reversals: frozen.reversals, left: frozen.until.since(now) })
+    }
+
+    /// Why the knob may not move at `now`, if so.
+    pub fn obstacle(&self, now: Nanos, cpu: &CpuLoop) -> Option<Reason> {
+        if let Some(stuck) = self.stuck(now) {
+            return Some(stuck);
+        }
         if !self.readable || self.expected.is_none() {
             return Some(Reason::NoKnob);
-        }
-        if let Some(frozen) = self.frozen
-            && now < frozen.until
-        {
-            let left = frozen.until.since(now);
-            return Some(Reason::Frozen { reversals: frozen.reversals, left });
         }
         if let Some(pending) = self.pending {
             return Some(Reason::AwaitingOutcome { asked: pending.to });
