@@ -3,6 +3,7 @@
 mod agent;
 mod load;
 mod reaction;
+mod step;
 
 use crate::figure::{self, Figure};
 use anyhow::{Context, Result, bail};
@@ -22,7 +23,7 @@ pub struct Args {
 
 /// A benchmark's name and what it measures. New benchmarks go here.
 const BENCHES: &[(&str, fn() -> Result<Vec<Figure>>)] =
-    &[("reaction", reaction::run), ("agent", agent::run)];
+    &[("step", step::run), ("reaction", reaction::run), ("agent", agent::run)];
 
 /// Runs one or all; exit code 0 when it could be measured, met or not.
 pub fn run(args: Args) -> Result<ExitCode> {

@@ -10,7 +10,7 @@ use std::process::Command;
 const SIZES: [(u32, &str); 2] = [(1_000, "ours <= 1"), (10_000, "ours <= 12")];
 
 /// Measures.
-pub fn bench() -> Result<Vec<Figure>> {
+pub fn run() -> Result<Vec<Figure>> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(sh::root());
     cargo.args(["run", "--quiet", "--release", "--package", "formtune-core"]);
