@@ -3,3 +3,4 @@
 pub mod knob;
 pub mod libvirtd;
 pub mod payload;
+pub mod vm_cgroup;

@@ -177,6 +177,24 @@ impl Probes {
     }
 }
 
+/// The empty program of the same tracepoint, attached: what any probe there costs.
+pub struct Floor(#[expect(dead_code, reason = "holds program and link")] Ebpf);
+
+impl Floor {
+    /// Loads and attaches it.
+    ///
+    /// # Errors
+    /// [`ProbeError`].
+    pub fn load() -> Result<Self, ProbeError> {
+        let mut ebpf = EbpfLoader::new().btf(None).load(OBJECT)?;
+        let program: &mut BtfTracePoint =
+            ebpf.program_mut("floor").ok_or(ProbeError::Object("floor"))?.try_into()?;
+        program.load(SCHED_SWITCH, &aya::Btf::from_sys_fs().map_err(aya::EbpfError::from)?)?;
+        program.attach()?;
+        Ok(Self(ebpf))
+    }
+}
+
 impl TableMaps for Probes {
     type Error = String;
 

@@ -56,7 +56,12 @@ impl Cgroups {
 
     /// For the `cgroups` key of formtune's configuration.
     pub fn pattern(&self) -> String {
-        format!("{}/qemu-*-{{vm}}.libvirt-qemu", self.name)
+        format!("{}/qemu-*-{{name}}.libvirt-qemu", self.name)
+    }
+
+    /// The same, for the VM with this number only.
+    pub fn pattern_of(&self, number: usize) -> String {
+        format!("{}/qemu-{number}-{{name}}.libvirt-qemu", self.name)
     }
 
     /// Makes the cgroup of one VM, with `vcpu0` below it, which is where its load goes.
@@ -103,6 +108,11 @@ impl VmCgroup {
         let text = fs::read_to_string(&self.knob)
             .with_context(|| format!("failed to read {}", self.knob.display()))?;
         text.trim().parse().with_context(|| format!("{} holds {text:?}", self.knob.display()))
+    }
+
+    /// Where to write a process's id to move it into `vcpu0`, in the `cpu` hierarchy.
+    pub fn procs(&self) -> PathBuf {
+        self.paths[0].join("vcpu0/cgroup.procs")
     }
 
     /// Starts the guest program in it, as a plain process.

@@ -3,6 +3,7 @@
 mod agent;
 mod load;
 mod reaction;
+mod runq;
 mod step;
 
 use crate::figure::{self, Figure};
@@ -23,7 +24,7 @@ pub struct Args {
 
 /// A benchmark's name and what it measures. New benchmarks go here.
 const BENCHES: &[(&str, fn() -> Result<Vec<Figure>>)] =
-    &[("step", step::run), ("reaction", reaction::run), ("agent", agent::run)];
+    &[("runq", runq::run), ("step", step::run), ("reaction", reaction::run), ("agent", agent::run)];
 
 /// Runs one or all; exit code 0 when it could be measured, met or not.
 pub fn run(args: Args) -> Result<ExitCode> {

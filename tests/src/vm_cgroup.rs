@@ -1,0 +1,143 @@
+//! A cgroup shaped like a VM's, in the hierarchy that carries the `cpu` controller, and
+//! processes to put into it.
+
+use formtune_agent::sense::cgroup::Hierarchies;
+use formtune_agent::vm::CgroupVersion;
+use formtune_core::units::VmId;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, Pid, fork};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const LEAVES: [&str; 2] = ["vcpu0", "emulator"];
+
+/// `formtune-test-PID-NAME/NAME/{vcpu0,emulator}`; removed when dropped.
+pub struct VmCgroup {
+    name: String,
+    path: PathBuf,
+}
+
+impl VmCgroup {
+    /// Makes it.
+    ///
+    /// # Panics
+    /// If it cannot be made: these tests need root.
+    pub fn new(name: &str) -> Self {
+        let hierarchies = Hierarchies::find(Path::new("/sys/fs/cgroup")).unwrap();
+        let parent = hierarchies.cpu.join(parent(name));
+        let path = parent.join(name);
+        for leaf in LEAVES {
+            fs::create_dir_all(path.join(leaf)).unwrap();
+        }
+        if hierarchies.version == CgroupVersion::V2 {
+            for group in [&hierarchies.cpu, &parent] {
+                fs::write(group.join("cgroup.subtree_control"), "+cpu").unwrap();
+            }
+        }
+        Self { name: name.into(), path }
+    }
+
+    /// The pattern that names this VM and no other.
+    pub fn pattern(&self) -> String {
+        format!("{}/{{name}}", parent(&self.name))
+    }
+
+    /// What the VM is called.
+    pub fn id(&self) -> VmId {
+        VmId(self.name.clone())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn parent(name: &str) -> String {
+    format!("formtune-test-{}-{name}", std::process::id())
+}
+
+impl Drop for VmCgroup {
+    fn drop(&mut self) {
+        let parent = self.path.parent().map(Path::to_owned).unwrap_or_default();
+        let below = LEAVES.map(|leaf| self.path.join(leaf));
+        for path in below.iter().chain([&self.path, &parent]) {
+            // A process that has just ended leaves its cgroup a moment later.
+            for _ in 0..100 {
+                match fs::remove_dir(path) {
+                    Err(error) if error.kind() == ErrorKind::ResourceBusy => {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    _ => break,
+                }
+            }
+        }
+    }
+}
+
+/// A process of one thread in a group of a VM; killed when dropped.
+pub struct Member(Pid);
+
+impl Member {
+    /// Forks, moves the child into `leaf` of `group`, pins it, and lets it run `body`, which
+    /// must be content with system calls: the test has other threads.
+    ///
+    /// # Panics
+    /// If any of that fails.
+    pub fn start(group: &VmCgroup, leaf: &str, cpu: Option<usize>, body: impl FnOnce()) -> Self {
+        // SAFETY: the child only makes system calls (see above) and never returns.
+        let child = match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => Self(child),
+            ForkResult::Child => {
+                let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+                // Until it is where it belongs.
+                let _ = kill(Pid::this(), Signal::SIGSTOP);
+                body();
+                // SAFETY: ends the process without running what the parent has at exit.
+                unsafe { nix::libc::_exit(0) }
+            }
+        };
+        // Stopped, not ended.
+        nix::sys::wait::waitpid(child.0, Some(nix::sys::wait::WaitPidFlag::WUNTRACED)).unwrap();
+        fs::write(group.path.join(leaf).join("cgroup.procs"), child.0.to_string()).unwrap();
+        if let Some(cpu) = cpu {
+            let mut cpus = CpuSet::new();
+            cpus.set(cpu).unwrap();
+            sched_setaffinity(child.0, &cpus).unwrap();
+        }
+        kill(child.0, Signal::SIGCONT).unwrap();
+        child
+    }
+
+    /// `run_delay` in nanoseconds and `pcount`, from `/proc/PID/schedstat`
+    /// (Documentation/scheduler/sched-stats.rst).
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn schedstat(&self) -> (u64, u64) {
+        let text = fs::read_to_string(format!("/proc/{0}/task/{0}/schedstat", self.0)).unwrap();
+        let fields: Vec<u64> = text.split_whitespace().map(|v| v.parse().unwrap()).collect();
+        (fields[1], fields[2])
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Panics
+    /// If it cannot be waited for.
+    pub fn join(self) {
+        waitpid(self.0, None).unwrap();
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        // Gone already is fine.
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
