@@ -6,7 +6,7 @@ use formtune_agent::vm::CgroupVersion;
 use formtune_core::units::VmId;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::waitpid;
+use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 use std::fs;
 use std::io::ErrorKind;
@@ -102,7 +102,7 @@ impl Member {
             }
         };
         // Stopped, not ended.
-        nix::sys::wait::waitpid(child.0, Some(nix::sys::wait::WaitPidFlag::WUNTRACED)).unwrap();
+        waitpid(child.0, Some(WaitPidFlag::WUNTRACED)).unwrap();
         fs::write(group.path.join(leaf).join("cgroup.procs"), child.0.to_string()).unwrap();
         if let Some(cpu) = cpu {
             let mut cpus = CpuSet::new();
@@ -122,6 +122,23 @@ impl Member {
         let text = fs::read_to_string(format!("/proc/{0}/task/{0}/schedstat", self.0)).unwrap();
         let fields: Vec<u64> = text.split_whitespace().map(|v| v.parse().unwrap()).collect();
         (fields[1], fields[2])
+    }
+
+    /// Takes it off its CPU; returns when it is.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn stop(&self) {
+        kill(self.0, Signal::SIGSTOP).unwrap();
+        waitpid(self.0, Some(WaitPidFlag::WUNTRACED)).unwrap();
+    }
+
+    /// Lets it go on after [`Member::stop`].
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn go_on(&self) {
+        kill(self.0, Signal::SIGCONT).unwrap();
     }
 
     /// Waits until it ends by itself.

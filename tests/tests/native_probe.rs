@@ -62,17 +62,22 @@ fn compare(name: &str, cpu: Option<usize>) -> [(u64, u64); 2] {
     let start = Instant::now();
     let mut sense = open(&[group.pattern()]);
     let id = VmId(name.into());
-    assert_eq!(sense.sample(now(start)).appeared, std::slice::from_ref(&id));
+    assert!(sense.sample(now(start)).appeared.contains(&id));
     let members = load(&group, cpu);
     std::thread::sleep(Duration::from_millis(200));
 
-    // Both read twice; what happens between the two readings of a pair is far below 5 %.
+    // Stopped while both are read, so that both speak of the same switches.
+    members.iter().for_each(Member::stop);
     sense.sample(now(start));
-    let before =
-        (schedstat(&members), sense.runq(&id).unwrap().count, sense.runq(&id).unwrap().wait_ns);
+    let runq = sense.runq(&id).unwrap();
+    let before = (schedstat(&members), runq.count, runq.wait_ns);
+    members.iter().for_each(Member::go_on);
     let (mut count, mut wait) = (0, 0);
-    for _ in 0..12 {
+    for tick in 0..12 {
         std::thread::sleep(Duration::from_millis(250));
+        if tick == 11 {
+            members.iter().for_each(Member::stop);
+        }
         let reading = sense.sample(now(start));
         assert_eq!(reading.host.blind, None);
         let interval = reading.vms[&id].runq.clone().unwrap();
@@ -157,7 +162,7 @@ fn the_waiter_pays_and_not_the_waker_nor_others() {
     let reading = sense.sample(now(start));
     let (_, bystanders) = schedstat(&bystanders);
 
-    assert_eq!(reading.vms.len(), 2, "the group outside is no VM");
+    assert!(!reading.vms.contains_key(&outside.id()), "the group outside is no VM");
     let (waited, woke) = (sense.runq(&waiter.id()).unwrap(), sense.runq(&waker.id()).unwrap());
     println!(
         "waiter: {} waits, {} ns; waker: {} waits, {} ns; outside: {bystanders} waits",
@@ -167,30 +172,36 @@ fn the_waiter_pays_and_not_the_waker_nor_others() {
     assert!((WAKES / 4..WAKES * 4).contains(&waited.count), "{} waits", waited.count);
     assert!(woke.count > 0, "the waker is preempted, and waits as well");
     assert!(bystanders > 500, "{bystanders} switches outside are no test");
-    assert_eq!(sense.health().counted, waited.count + woke.count);
     assert!(sense.runq(&outside.id()).is_none());
 }
 
 #[test]
 fn without_a_slot_a_vm_is_reported_as_not_measured() {
-    let groups: Vec<_> = (0..3).map(|i| VmCgroup::new(&format!("ft-sense-slots-{i}"))).collect();
+    let mut groups: Vec<_> =
+        (0..3).map(|i| VmCgroup::new(&format!("ft-sense-slots-{i}"))).collect();
     let patterns = groups.iter().map(|group| group.pattern().parse().unwrap()).collect();
     let config = SenseConfig { patterns, max_vms: 2, ..SenseConfig::default() };
     let start = Instant::now();
     let mut sense = Sense::open(&config, None).unwrap();
     let reading = sense.sample(now(start));
-    assert_eq!(reading.vms.len(), 3);
-    assert_eq!(reading.vms.values().filter(|vm| vm.runq.is_none()).count(), 1);
-    assert_eq!((sense.health().slots_used, sense.health().not_measured), (2, 1));
-    // When a measured one stops, the third gets its slot.
-    let measured = groups.iter().position(|g| sense.runq(&g.id()).is_some()).unwrap();
-    let mut groups = groups;
-    drop(groups.remove(measured));
+    // VMs of somebody else's may run on this machine, and take slots as well.
+    let (measured, others): (Vec<_>, Vec<_>) =
+        reading.vms.iter().partition(|(_, vm)| vm.runq.is_some());
+    assert!(measured.len() == 2 && !others.is_empty(), "{:?}", reading.vms.keys());
+    assert_eq!(sense.health().slots_used, 2);
+    assert_eq!(sense.health().not_measured as usize, others.len());
+
+    // When those that are measured stop, the rest of ours gets their slots.
+    let Some(stopped) = groups.iter().position(|group| sense.runq(&group.id()).is_some()) else {
+        panic!("both slots went to VMs that are not this test's; stop them")
+    };
+    drop(groups.remove(stopped));
     let begun = Instant::now();
-    while sense.health().not_measured > 0 || sense.vms().len() > 2 {
+    let measured = |sense: &Sense| groups.iter().filter(|g| sense.runq(&g.id()).is_some()).count();
+    let before = measured(&sense);
+    while measured(&sense) == before {
         assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", sense.health());
         std::thread::sleep(Duration::from_millis(50));
         sense.sample(now(start));
     }
-    assert!(groups.iter().all(|group| sense.runq(&group.id()).is_some()));
 }

@@ -196,6 +196,12 @@ impl Sense {
         tracked.slot.is_measured().then_some(&tracked.totals)
     }
 
+    /// cgroups that are counted for a VM; `None` if it is not measured.
+    pub fn cgroups(&self, vm: &VmId) -> Option<u32> {
+        let tracked = self.tracked.get(self.paths.get(vm)?)?;
+        tracked.slot.is_measured().then(|| tracked.slot.counted())
+    }
+
     /// State of the probe.
     pub fn health(&self) -> &ProbeHealth {
         &self.health
@@ -326,7 +332,7 @@ impl Sense {
 
     fn update_health(&mut self) {
         let measured = self.tracked.values().filter(|t| t.slot.is_measured()).count();
-        self.health.slots_used = measured as u32;
+        self.health.slots_used = self.slots.used();
         self.health.not_measured = (self.tracked.len() - measured) as u32;
         (self.health.cgroups, self.health.cgroups_spilled) = self.slots.cgroups();
         self.health.cgroups_not_measured =

@@ -44,6 +44,11 @@ impl Slot {
         self.reader.is_some()
     }
 
+    /// cgroups that the probe counts for it.
+    pub fn counted(&self) -> u32 {
+        self.counted.len() as u32
+    }
+
     /// cgroups of a measured VM that the probe has no room for.
     pub fn not_counted(&self) -> u32 {
         if self.is_measured() { (self.ids.len() - self.counted.len()) as u32 } else { 0 }
@@ -72,6 +77,11 @@ impl Slots {
     /// VMs that can be measured at once.
     pub fn total(&self) -> u32 {
         if self.probes.is_some() { self.sizes.slots } else { 0 }
+    }
+
+    /// Slots that VMs hold.
+    pub fn used(&self) -> u32 {
+        self.total() - (self.free.len() + self.resting.len()) as u32
     }
 
     /// Kernel memory of the maps.
