@@ -31,6 +31,10 @@ impl KnobCgroup {
                 .context("failed to enable the cpu controller")?;
         }
         let path = root.join(name);
+        let parent = path.parent().unwrap_or(root);
+        if version == CgroupVersion::V2 && parent != root {
+            fs::write(parent.join("cgroup.subtree_control"), "+cpu")?;
+        }
         fs::create_dir(&path).with_context(|| format!("failed to make {}", path.display()))?;
         Ok(Self { path, version })
     }

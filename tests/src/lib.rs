@@ -1,5 +1,7 @@
 //! Shared pieces of the root tests.
 
+pub mod agent;
+pub mod contention;
 pub mod knob;
 pub mod libvirtd;
 pub mod payload;

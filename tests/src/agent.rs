@@ -1,0 +1,166 @@
+//! The real `formtune`, as a process.
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// Loaded machines take their time, above all to verify the probe.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The program, built if this runs below `cargo test`; `cargo xtask test` has built it.
+pub fn program() -> PathBuf {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
+        // target/debug/deps/this_test-0123 -> target/debug
+        let test = std::env::current_exe().expect("the test has a path");
+        let folder = test.parent().and_then(Path::parent).expect("it lies in target/*/deps");
+        if let Some(cargo) = std::env::var_os("CARGO") {
+            let built = Command::new(cargo)
+                .args(["build", "--quiet", "--package", "formtune-agent", "--bin", "formtune"])
+                .status();
+            assert!(built.is_ok_and(|status| status.success()), "formtune does not build");
+        }
+        folder.join("formtune")
+    });
+    assert!(program.exists(), "{} is missing: cargo build", program.display());
+    program.clone()
+}
+
+/// A folder with a configuration; everything an agent of it writes is below.
+#[derive(Debug)]
+pub struct Site {
+    dir: tempfile::TempDir,
+}
+
+impl Site {
+    /// `more` is TOML that goes after the folders' keys.
+    pub fn new(more: &str) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("formtune-site-").tempdir()?;
+        let site = Self { dir };
+        site.configure(more)?;
+        Ok(site)
+    }
+
+    /// Writes the configuration anew.
+    pub fn configure(&self, more: &str) -> Result<()> {
+        let dir = self.dir.path().display();
+        let text =
+            format!("state_dir = \"{dir}/state\"\nsocket = \"{dir}/formtune.sock\"\n{more}\n");
+        Ok(fs::write(self.config(), text)?)
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Folder of the journal.
+    pub fn state(&self) -> PathBuf {
+        self.path().join("state")
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.path().join("formtune.toml")
+    }
+
+    /// The log of the last agent.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path().join("log")).unwrap_or_default()
+    }
+
+    /// A command line on this site.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.arg("--config").arg(self.config()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn output(&self, args: &[&str]) -> Result<Output> {
+        self.command(args).output().context("failed to start formtune")
+    }
+
+    /// Starts `formtune run` with further arguments and waits until it answers.
+    pub fn run(&self, args: &[&str]) -> Result<Agent> {
+        let command = self.command(&[&["run"], args].concat());
+        self.start(command)
+    }
+
+    /// Starts a command that becomes `formtune run`, and waits until it answers.
+    pub fn start(&self, mut command: Command) -> Result<Agent> {
+        let log = File::create(self.path().join("log"))?;
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+        let mut agent = Agent { child, socket: self.path().join("formtune.sock") };
+        let begin = Instant::now();
+        while agent.get("/readyz").is_err() {
+            if let Some(status) = agent.child.try_wait()? {
+                anyhow::bail!("formtune ended with {status}: {}", self.log().trim());
+            }
+            ensure!(begin.elapsed() < LIMIT, "formtune is not ready: {}", self.log().trim());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(agent)
+    }
+}
+
+/// A running agent; dropping it kills it.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Agent {
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id() as i32), signal)?)
+    }
+
+    /// Sends a signal and waits for the end.
+    pub fn end(mut self, signal: Signal) -> Result<ExitStatus> {
+        self.signal(signal)?;
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(begin.elapsed() < LIMIT, "formtune does not end on {signal}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The body of an answer with status 200.
+    pub fn get(&self, path: &str) -> Result<String> {
+        let mut stream = UnixStream::connect(&self.socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+        ensure!(head.starts_with("HTTP/1.1 200"), "{path}: {}", head.lines().next().unwrap_or(""));
+        // Long answers come in chunks; these tests look for text within one.
+        Ok(body.to_owned())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! `formtune run --mode enforce` on real cgroups under real contention: it turns knobs, and
+//! every way out brings them back.
+
+use formtune_tests::agent::Site;
+use formtune_tests::contention::Contention;
+use nix::sys::signal::Signal;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn site(contention: &Contention) -> Site {
+    Site::new(&contention.eager()).unwrap()
+}
+
+fn contention(name: &str) -> Contention {
+    Contention::start(&format!("ft-daemon-{name}-{}", std::process::id())).unwrap()
+}
+
+#[test]
+fn every_signal_to_stop_brings_the_originals_back() {
+    let contention = contention("signal");
+    let originals = contention.raw();
+    let site = site(&contention);
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let agent = site.run(&["--mode", "enforce"]).unwrap();
+        contention.wait_for_change(&originals, LIMIT);
+        let status = agent.end(signal).unwrap();
+        assert_eq!(status.code(), Some(0), "{signal}: {}", site.log());
+        assert_eq!(contention.raw(), originals, "{signal}: {}", site.log());
+        assert!(!site.path().join("formtune.sock").exists(), "{signal}");
+    }
+}
+
+#[test]
+fn after_a_kill_the_next_start_or_restore_brings_the_originals_back() {
+    let contention = contention("kill");
+    let originals = contention.raw();
+    let site = site(&contention);
+    for by_restore in [false, true] {
+        let agent = site.run(&["--mode", "enforce"]).unwrap();
+        contention.wait_for_change(&originals, LIMIT);
+        agent.end(Signal::SIGKILL).unwrap();
+        assert_ne!(contention.raw(), originals, "nothing was there to bring back");
+        if by_restore {
+            let output = site.output(&["restore"]).unwrap();
+            assert_eq!(output.status.code(), Some(0), "{output:?}");
+        } else {
+            let agent = site.run(&["--mode", "shadow"]).unwrap();
+            assert_eq!(contention.raw(), originals, "{}", site.log());
+            assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
+        }
+        assert_eq!(contention.raw(), originals, "{}", site.log());
+    }
+}
+
+/// Twenty agents in a row, each killed at another moment of its life.
+#[test]
+fn no_moment_of_a_kill_leaves_a_knob_turned() {
+    let contention = contention("moments");
+    let originals = contention.raw();
+    let site = site(&contention);
+    let mut turned = 0;
+    // A fixed seed: a failure can be seen again.
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    for round in 0..20 {
+        random =
+            random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let delay = Duration::from_millis(300 + (random >> 33) % 1_500);
+        let mut child = site
+            .command(&["run", "--mode", "enforce"])
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(delay);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        turned += u32::from(contention.raw() != originals);
+        let output = site.output(&["restore"]).unwrap();
+        assert_eq!(output.status.code(), Some(0), "round {round}, {delay:?}: {output:?}");
+        assert_eq!(contention.raw(), originals, "round {round}, {delay:?}");
+    }
+    assert!(turned > 0, "no agent lived long enough to turn a knob");
+}
+
+#[test]
+fn a_vm_that_ends_leaves_nothing_behind() {
+    let mut contention = contention("ends");
+    let originals = contention.raw();
+    let site = site(&contention);
+    let agent = site.run(&["--mode", "enforce"]).unwrap();
+    contention.wait_for_change(&originals, LIMIT);
+    assert!(agent.get("/metrics").unwrap().contains("vm=\"noisy\""));
+    contention.end("noisy");
+    let begin = std::time::Instant::now();
+    while agent.get("/metrics").unwrap().contains("vm=\"noisy\"") {
+        assert!(begin.elapsed() < LIMIT, "the VM is still shown: {}", site.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(!agent.get("/v1/vms").unwrap().contains("\"id\":\"noisy\""));
+    assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
+    assert_eq!(contention.raw(), originals[..2], "{}", site.log());
+}
