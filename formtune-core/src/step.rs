@@ -18,6 +18,11 @@ pub(crate) struct View<'a> {
     pub class: Option<&'a Class>,
     pub verdict: Verdict,
     pub answer: Option<(Action, Reason)>,
+    /// CPUs used lately.
+    pub uses: Option<f64>,
+    /// The knob was moved, is stuck or is being judged: more to see to than the window. Most
+    /// VMs have none of that, and their state need not be looked at again.
+    pub eventful: bool,
 }
 
 /// Takes one reading of the node and says what is to be done, and why.
@@ -111,7 +116,8 @@ fn estimate<'a>(state: &mut State, policy: &'a Policy, sample: &Sample) -> Vec<V
             vm.recent[2] = measured;
         }
         vm.history.push(verdict, cpu);
-        View { class, verdict, answer: None }
+        let eventful = vm.trial.is_some() || vm.knob.is_eventful(at);
+        View { class, verdict, answer: None, uses: vm.usage.get(), eventful }
     })
     .collect()
 }
@@ -123,7 +129,7 @@ fn evidence(view: &View<'_>, vm: &VmState, sample: &VmSample, policy: &Policy) -
         target: view.class.and_then(|class| class.slo.as_ref()).map(|slo| slo.threshold),
         slack: view.verdict.slack().map(verdict::shown),
         bad_windows: vm.history.bad_windows(&policy.cpu),
-        cpus_used: vm.usage.get().map(rounded),
+        cpus_used: view.uses.map(rounded),
         cpu_weight: sample.cpu_weight,
     }
 }

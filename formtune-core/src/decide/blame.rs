@@ -29,7 +29,7 @@ const OF_WORST: f64 = 0.25;
 /// the next action takes the next.
 pub const AT_ONCE: usize = 16;
 
-/// Most polluters looked at for one victim; bounds a step on a node where everybody is one.
+/// Most polluters looked at in one step; bounds a step on a node where everybody is one.
 const LOOKED_AT: usize = 256;
 
 /// What blame needs to know of a VM.
@@ -125,12 +125,15 @@ impl Blame {
                 ratio: f64::INFINITY,
             }));
         }
-        polluters.sort_by(|a, b| {
-            a.priority
-                .cmp(&b.priority)
-                .then(b.excess.total_cmp(&a.excess))
-                .then(a.index.cmp(&b.index))
-        });
+        let order = |a: &Polluter, b: &Polluter| {
+            let worst_first = b.excess.total_cmp(&a.excess);
+            a.priority.cmp(&b.priority).then(worst_first).then(a.index.cmp(&b.index))
+        };
+        if polluters.len() > LOOKED_AT {
+            polluters.select_nth_unstable_by(LOOKED_AT, order);
+            polluters.truncate(LOOKED_AT);
+        }
+        polluters.sort_unstable_by(order);
         let lowest_running = claims.iter().filter(|c| runs(c)).map(|c| c.priority).min();
         Self { cpus_per_weight, greatest, lowest_running, polluters }
     }
@@ -157,7 +160,6 @@ impl Blame {
         let mut worst: Option<(Priority, f64)> = None;
         self.polluters
             .iter()
-            .take(LOOKED_AT)
             .take_while(move |polluter| polluter.priority <= priority)
             .filter(move |polluter| {
                 polluter.index != victim && polluter.ratio > MORE_THAN_VICTIM * ratio

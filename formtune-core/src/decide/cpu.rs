@@ -85,6 +85,9 @@ impl Cpu<'_, '_, '_> {
     /// Looks whether changes helped; those that did not are marked to be taken back.
     fn judge_trials(&mut self) {
         for index in 0..self.state.vms.len() {
+            if !self.views[index].eventful {
+                continue;
+            }
             let Some(mut trial) = self.state.vms[index].trial.take() else { continue };
             let Some(slo) = self.views[index].class.and_then(|class| class.slo.as_ref()) else {
                 continue;
@@ -131,6 +134,9 @@ impl Cpu<'_, '_, '_> {
     /// Takes back what did not help, as soon as the knob may move.
     fn take_back(&mut self) {
         for index in 0..self.state.vms.len() {
+            if !self.views[index].eventful {
+                continue;
+            }
             let knob = &mut self.state.vms[index].knob;
             let Some(revert) = knob.revert.take() else { continue };
             let Some(from) = knob.expected().filter(|from| *from != revert.to) else { continue };
@@ -189,7 +195,7 @@ impl Cpu<'_, '_, '_> {
                 .unwrap_or(Weight::DEFAULT)
                 .get()
                 .into(),
-            uses: vm.usage.get(),
+            uses: view.uses,
             priority: view.class.map_or(Priority::default(), |class| class.priority),
         })
         .collect()
@@ -365,10 +371,10 @@ impl Cpu<'_, '_, '_> {
     /// Steps back where nobody needs the change any more.
     fn give_back(&mut self) {
         for index in 0..self.state.vms.len() {
-            let knob = &self.state.vms[index].knob;
-            if self.views[index].answer.is_some() {
+            if self.views[index].answer.is_some() || !self.views[index].eventful {
                 continue;
             }
+            let knob = &self.state.vms[index].knob;
             if let Some(stuck) = knob.stuck(self.now) {
                 self.answer(index, Action::Hold, stuck);
             } else if knob.is_changed() {

@@ -200,6 +200,11 @@ impl KnobState {
         self.changed_at
     }
 
+    /// Whether there is more to say of it than that it stands where it was found.
+    pub fn is_eventful(&self, now: Nanos) -> bool {
+        self.is_changed() || self.revert.is_some() || self.stuck(now).is_some()
+    }
+
     /// Bounds that the class puts around the VM's entitlement; `None` without a knob.
     pub fn bounds(&self, class: &Class) -> Option<Bounds> {
         let entitlement = class.cpu_weight.or(self.original)?;

@@ -1,12 +1,11 @@
 //! A sliding window of run-queue waits, made of the counts of single ticks.
 //!
-//! Each tick's counts are kept as they came (sparse) together with their running sum, so a
-//! step costs one merge of the new tick and one of the tick that falls out, whatever the
-//! window's length.
+//! Each tick's counts are kept as they came (sparse). A quantile is found by walking down
+//! from the greatest bucket of all ticks at once; as the quantiles that matter lie near the
+//! top, that visits a few buckets, where a running sum would have to be kept for all of them.
 
 use crate::sample::RunqInterval;
 use crate::units::Nanos;
-use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use formtune_common::runq::{BUCKETS, upper_bound};
 
@@ -14,12 +13,13 @@ use formtune_common::runq::{BUCKETS, upper_bound};
 #[derive(Clone, Debug, Default)]
 pub struct Window {
     /// Oldest first.
-    ticks: VecDeque<Tick>,
-    /// The counts of all ticks, one after another.
-    counts: VecDeque<(u16, u32)>,
-    /// Sum over all ticks, ascending by bucket; a count may be zero.
-    sum: Vec<(u16, u64)>,
-    /// Waits in `sum`.
+    ticks: Vec<Tick>,
+    /// The counts of all ticks, one after another, ascending by bucket within a tick.
+    counts: Vec<(u16, u32)>,
+    /// Where the oldest tick's counts begin; what lies before is swept when it is the larger
+    /// part, so that a count is moved about once in its life.
+    start: usize,
+    /// Waits in all ticks.
     total: u64,
 }
 
@@ -27,6 +27,8 @@ pub struct Window {
 struct Tick {
     at: Nanos,
     len: u32,
+    /// Entries of the tick not visited yet, while a quantile is looked for.
+    left: u32,
 }
 
 impl Window {
@@ -35,30 +37,32 @@ impl Window {
     /// Half a `tick` of jitter either way leaves the number of ticks in a window as it is.
     pub fn push(&mut self, at: Nanos, interval: &RunqInterval, window: Nanos, tick: Nanos) {
         let keep = Nanos(window.0.saturating_sub(tick.0 / 2));
-        while let Some(&oldest) = self.ticks.front() {
-            if at.since(oldest.at) < keep {
-                break;
+        let gone = self.ticks.iter().take_while(|tick| at.since(tick.at) >= keep).count();
+        if gone > 0 {
+            let entries: usize = self.ticks.drain(..gone).map(|tick| tick.len as usize).sum();
+            self.total -= sum(&self.counts[self.start..self.start + entries]);
+            self.start += entries;
+            if self.start * 2 >= self.counts.len() {
+                self.counts.drain(..self.start);
+                self.start = 0;
             }
-            self.drop_oldest(oldest.len);
         }
-        self.ticks.push_back(Tick { at, len: interval.counts.len() as u32 });
-        self.counts.extend(&interval.counts);
-        let mut cursor = 0;
-        for &(bucket, count) in &interval.counts {
-            cursor = seek(&self.sum, cursor, in_range(bucket));
-            match self.sum.get_mut(cursor) {
-                Some((found, sum)) if *found == in_range(bucket) => *sum += u64::from(count),
-                _ => self.sum.insert(cursor, (in_range(bucket), u64::from(count))),
-            }
-            self.total += u64::from(count);
+        let len = interval.counts.len() as u32;
+        self.ticks.push(Tick { at, len, left: 0 });
+        let from = self.counts.len();
+        self.counts.extend_from_slice(&interval.counts);
+        let added = &mut self.counts[from..];
+        if !added.is_sorted_by_key(|(bucket, _)| *bucket) {
+            added.sort_unstable();
         }
+        self.total += sum(added);
     }
 
     /// Forgets everything, keeping its memory.
     pub fn clear(&mut self) {
         self.ticks.clear();
         self.counts.clear();
-        self.sum.clear();
+        self.start = 0;
         self.total = 0;
     }
 
@@ -69,52 +73,47 @@ impl Window {
 
     /// The quantile `q` (nearest rank): the **upper bound** of the bucket that holds it, so
     /// at most 6.25 % too high and never too low. `None` without waits.
-    pub fn quantile(&self, q: f64) -> Option<Nanos> {
+    pub fn quantile(&mut self, q: f64) -> Option<Nanos> {
         if self.total == 0 {
             return None;
         }
         let rank = (libm::ceil(q * self.total as f64) as u64).clamp(1, self.total);
-        // From the top: the quantiles that matter lie there.
-        let above = self.total - rank + 1;
-        let mut seen = 0;
-        for &(bucket, count) in self.sum.iter().rev() {
-            seen += count;
-            if seen >= above {
-                return Some(Nanos(upper_bound(u32::from(bucket))));
+        let mut above = self.total - rank + 1;
+        for tick in &mut self.ticks {
+            tick.left = tick.len;
+        }
+        loop {
+            let mut greatest = None;
+            let mut end = self.start;
+            for tick in &self.ticks {
+                if tick.left > 0 {
+                    greatest = greatest.max(Some(self.counts[end + tick.left as usize - 1].0));
+                }
+                end += tick.len as usize;
+            }
+            let greatest = greatest?;
+            let mut start = self.start;
+            for tick in &mut self.ticks {
+                while tick.left > 0 {
+                    let (bucket, count) = self.counts[start + tick.left as usize - 1];
+                    if bucket != greatest {
+                        break;
+                    }
+                    tick.left -= 1;
+                    above = above.saturating_sub(u64::from(count));
+                }
+                start += tick.len as usize;
+            }
+            if above == 0 {
+                // A bucket that the scheme does not have counts as the last one.
+                return Some(Nanos(upper_bound(u32::from(greatest).min(BUCKETS as u32 - 1))));
             }
         }
-        None
-    }
-
-    fn drop_oldest(&mut self, len: u32) {
-        self.ticks.pop_front();
-        let (mut cursor, mut emptied) = (0, 0);
-        for (bucket, count) in self.counts.drain(..len as usize) {
-            cursor = seek(&self.sum, cursor, in_range(bucket));
-            let (_, sum) = &mut self.sum[cursor];
-            *sum -= u64::from(count);
-            emptied += usize::from(*sum == 0);
-            self.total -= u64::from(count);
-        }
-        // Buckets come and go all the time; sweep only when many have gone.
-        if emptied > 8 || self.ticks.is_empty() {
-            self.sum.retain(|(_, count)| *count > 0);
-        }
     }
 }
 
-/// Where `bucket` is or belongs, at or after `cursor` if buckets ascend, else from the start.
-fn seek(sum: &[(u16, u64)], cursor: usize, bucket: u16) -> usize {
-    let from = match cursor.checked_sub(1) {
-        Some(before) if sum[before].0 >= bucket => 0,
-        _ => cursor,
-    };
-    from + sum[from..].iter().take_while(|(at, _)| *at < bucket).count()
-}
-
-/// A bucket that the scheme does not have counts as the last one.
-fn in_range(bucket: u16) -> u16 {
-    bucket.min(BUCKETS as u16 - 1)
+fn sum(counts: &[(u16, u32)]) -> u64 {
+    counts.iter().map(|(_, count)| u64::from(*count)).sum()
 }
 
 #[cfg(test)]
@@ -144,7 +143,7 @@ mod tests {
         }
         window.push(Nanos::from_secs(60), &interval(&[5]), WINDOW, TICK);
         assert_eq!((window.samples(), window.quantile(0.5)), (1, Some(Nanos(5))));
-        assert_eq!(window.sum.len(), 1);
+        assert_eq!(window.counts.len(), 1);
     }
 
     #[test]
@@ -168,6 +167,9 @@ mod tests {
             window.push(Nanos(tick * TICK.0), &garbage, WINDOW, TICK);
         }
         assert_eq!(window.samples(), 32);
-        assert_eq!(window.sum, [(3, 8), (9, 20), (BUCKETS as u16 - 1, 4)]);
+        let bound = |bucket| Some(Nanos(upper_bound(bucket)));
+        assert_eq!(window.quantile(1.0), bound(BUCKETS as u32 - 1));
+        assert_eq!(window.quantile(0.5), bound(9));
+        assert_eq!(window.quantile(0.01), bound(3));
     }
 }
