@@ -100,7 +100,7 @@ impl Site {
         let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
         let mut agent = Agent { child, socket: self.path().join("formtune.sock") };
         let begin = Instant::now();
-        while agent.get("/readyz").is_err() {
+        while agent.get("/v1/node").is_err() {
             if let Some(status) = agent.child.try_wait()? {
                 anyhow::bail!("formtune ended with {status}: {}", self.log().trim());
             }

@@ -1,0 +1,142 @@
+//! What `formtune run` refuses: exit code 2, one line that says what and where, and
+//! nothing changed.
+
+use formtune_tests::agent::Site;
+use nix::sys::signal::Signal;
+use std::net::TcpListener;
+use std::process::{Command, Output};
+
+const QUIET: &str = "libvirt = \"off\"\nlisten = \"off\"\n";
+
+/// The one line, after checking that it is one and that the exit code is 2.
+fn refusal(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("formtune: ")).collect();
+    assert_eq!(lines.len(), 1, "{text}");
+    lines[0].to_owned()
+}
+
+#[track_caller]
+fn says(line: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(line.contains(part), "no {part:?} in: {line}");
+    }
+}
+
+#[test]
+fn a_second_agent_on_the_same_site() {
+    let site = Site::new(QUIET).unwrap();
+    let agent = site.run(&[]).unwrap();
+    let line = refusal(&site.output(&["run"]).unwrap());
+    says(&line, &["another agent", "formtune.sock"]);
+    // The same with another socket: the state folder is taken too.
+    let other = site.path().join("other.toml");
+    let text =
+        std::fs::read_to_string(site.config()).unwrap().replace("formtune.sock", "other.sock");
+    std::fs::write(&other, text).unwrap();
+    let output = Command::new(formtune_tests::agent::program())
+        .args(["run", "--config"])
+        .arg(&other)
+        .output()
+        .unwrap();
+    says(&refusal(&output), &[&agent.pid().to_string(), &site.state().display().to_string()]);
+    assert!(agent.get("/healthz").is_ok(), "the first agent was disturbed");
+    assert!(!site.path().join("other.sock").exists(), "the second left its socket");
+    assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_port_in_use() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let site = Site::new(&format!("libvirt = \"off\"\nlisten = \"{address}\"")).unwrap();
+    says(&refusal(&site.output(&["run"]).unwrap()), &[&address.to_string(), "listen"]);
+    assert!(!site.path().join("formtune.sock").exists());
+    assert!(!site.state().exists(), "the state folder was made");
+}
+
+#[test]
+fn a_state_folder_that_is_read_only_or_full() {
+    for (what, mount) in [
+        ("read-only", "mount -t tmpfs -o ro none \"$STATE\""),
+        (
+            "full",
+            "mount -t tmpfs -o size=8k none \"$STATE\" && { cat /dev/zero > \"$STATE/fill\" 2>/dev/null || true; }",
+        ),
+    ] {
+        let site = Site::new(QUIET).unwrap();
+        std::fs::create_dir(site.state()).unwrap();
+        let run = site.command(&["run", "--mode", "enforce"]);
+        let output = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c"])
+            .arg(format!("set -e; {mount}; exec \"$@\""))
+            .arg("sh")
+            .arg(run.get_program())
+            .args(run.get_args())
+            .env("STATE", site.state())
+            .output()
+            .unwrap();
+        let line = refusal(&output);
+        says(&line, &[&site.state().display().to_string()]);
+        assert!(
+            line.to_lowercase().contains(if what == "full" { "no space" } else { "read-only" }),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn a_user_without_capabilities() {
+    let site = Site::new(QUIET).unwrap();
+    // Somewhere that user may read.
+    let program = site.path().join("formtune");
+    std::fs::copy(formtune_tests::agent::program(), &program).unwrap();
+    let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(site.path(), all).unwrap();
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(&program)
+        .args(["run", "--mode", "enforce", "--config"])
+        .arg(site.config())
+        .output()
+        .unwrap();
+    says(&refusal(&output), &["CAP_BPF", "CAP_PERFMON", "CAP_DAC_OVERRIDE", "probe", "cpu.weight"]);
+    assert!(!site.state().exists());
+}
+
+#[test]
+fn a_damaged_journal_is_kept_and_ends_enforcement_only() {
+    let site = Site::new(QUIET).unwrap();
+    std::fs::create_dir(site.state()).unwrap();
+    std::fs::write(site.state().join("journal"), b"what is this?\n\0\0\0").unwrap();
+    let agent = site.run(&["--mode", "enforce"]).unwrap();
+    let node = agent.get("/v1/node").unwrap();
+    assert!(node.contains("\"cpu_weight\":\"shadow\""), "{node}");
+    assert!(site.log().contains("not enforcing: the journal was damaged"), "{}", site.log());
+    assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
+    let kept = std::fs::read_dir(site.state()).unwrap().filter_map(Result::ok).any(|file| {
+        file.file_name().to_string_lossy().starts_with("journal.damaged")
+            && std::fs::read(file.path()).unwrap().starts_with(b"what is this?")
+    });
+    assert!(kept, "the damaged journal is gone");
+}
+
+#[test]
+fn without_libvirt_cgroups_are_used_and_it_is_said_once() {
+    let site = Site::new("listen = \"off\"\nlibvirt = \"qemu+unix:///system?socket=/nonexistent\"")
+        .unwrap();
+    let agent = site.run(&[]).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
+    let log = site.log();
+    assert_eq!(log.matches("finding VMs by their cgroups only").count(), 1, "{log}");
+}
+
+#[test]
+fn a_mistyped_configuration() {
+    let site = Site::new("tik = \"250ms\"").unwrap();
+    let line = refusal(&site.output(&["run"]).unwrap());
+    says(&line, &["formtune.toml:3:1: unknown key `tik`, did you mean `tick`?"]);
+    assert!(!site.state().exists());
+}
