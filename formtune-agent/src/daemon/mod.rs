@@ -131,7 +131,7 @@ impl Agent {
         if let ProbeState::Unavailable { program, why, remedy } = &sense.health().runq {
             bail!("failed to load program {program}: {why} ({remedy})");
         }
-        let facts = Facts::gather(&config, config_path, hypervisor.is_some(), barred);
+        let facts = Facts::gather(&config, config_path, hypervisor.as_ref(), barred);
         let recorder = config.record.as_ref().map(|path| {
             let host = HostFacts {
                 cpus: facts.cpus,
@@ -203,6 +203,7 @@ impl Agent {
     fn tick(&mut self) {
         let at = monotonic().max(Nanos(self.last_at.0 + 1));
         let late = at.since(self.last_at).0 >= 2 * self.config.policy.tick.0;
+        self.facts.follow_libvirt();
         self.facts.late += u64::from(self.seq > 0 && late);
         self.last_at = at;
         self.seq += 1;

@@ -6,11 +6,13 @@ use crate::export::snapshot::{
     AgentState, Attainment, CgroupLayout, LibvirtState, Node, OwnCost, ProbeState, RunqCounts,
     Snapshot, VmState,
 };
+use crate::hypervisor::{DomainEvent, Hypervisor};
 use crate::sense::VmReading;
 use formtune_core::plan::Decision;
 use formtune_core::sample::HostSample;
 use formtune_core::units::{ClassName, Nanos, Weight};
 use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
 
 /// What does not change, or only by counting.
 #[derive(Debug)]
@@ -21,6 +23,7 @@ pub(super) struct Facts {
     pub config_path: Option<PathBuf>,
     pub started_at: Nanos,
     pub libvirt: LibvirtState,
+    libvirt_events: Option<Receiver<DomainEvent>>,
     /// Why `enforce` is held back.
     pub barred: Option<String>,
     /// Ticks that came later than one tick after their time.
@@ -35,14 +38,14 @@ impl Facts {
     pub fn gather(
         config: &Config,
         config_path: Option<PathBuf>,
-        connected: bool,
+        hypervisor: Option<&Hypervisor>,
         barred: Option<String>,
     ) -> Self {
         let uname = nix::sys::utsname::uname().ok();
         let of = |field: Option<&std::ffi::OsStr>| {
             field.map_or(String::new(), |text| text.to_string_lossy().into_owned())
         };
-        let libvirt = match (&config.libvirt_uri, connected) {
+        let libvirt = match (&config.libvirt_uri, hypervisor.is_some()) {
             (None, _) => LibvirtState::NotUsed,
             (Some(uri), true) => LibvirtState::Connected { uri: uri.clone() },
             (Some(uri), false) => {
@@ -56,11 +59,33 @@ impl Facts {
             config_path,
             started_at: super::monotonic(),
             libvirt,
+            libvirt_events: hypervisor.map(Hypervisor::subscribe),
             barred,
             late: 0,
             took: None,
             busy_before: None,
             busy_ratio: None,
+        }
+    }
+
+    /// Notes whether libvirt went away or came back since the last tick.
+    pub fn follow_libvirt(&mut self) {
+        let Some(events) = &self.libvirt_events else { return };
+        for event in events.try_iter() {
+            self.libvirt = match (&self.libvirt, event) {
+                (
+                    LibvirtState::Connected { uri } | LibvirtState::Unreachable { uri, .. },
+                    DomainEvent::Disconnected,
+                ) => LibvirtState::Unreachable {
+                    uri: uri.clone(),
+                    why: "it went away; trying to connect again".into(),
+                },
+                (
+                    LibvirtState::Connected { uri } | LibvirtState::Unreachable { uri, .. },
+                    DomainEvent::Reconnected,
+                ) => LibvirtState::Connected { uri: uri.clone() },
+                _ => continue,
+            };
         }
     }
 
@@ -174,7 +199,7 @@ impl Agent {
             modes: self.config.policy.modes,
             enforce_blocked: facts.barred.clone(),
             probe: ProbeState {
-                method: Some("tp_btf".into()),
+                method: health.blind().is_none().then(|| "tp_btf".into()),
                 blind: self.host.as_ref().and_then(|host| host.blind.clone()),
                 discarded: health.discarded,
                 unmeasured_vms: u64::from(health.not_measured),
