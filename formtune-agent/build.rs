@@ -8,6 +8,7 @@
 
 use anyhow::{Context, Result, bail};
 use std::env;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -63,7 +64,7 @@ fn build() -> Result<()> {
         .arg(&out_dir)
         // One folder for every profile and feature set of the agent: `core` is compiled once.
         .arg("--target-dir")
-        .arg(cache.join("ebpf-target"))
+        .arg(cache.join("ebpf-target").join(folder_of(workspace)))
         .args(debug.then_some("--features=log"))
         .env("RUSTC", &rustc)
         .env("RUSTC_BOOTSTRAP", "1")
@@ -87,6 +88,14 @@ fn build() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// One folder per checkout: cargo tells packages apart by their place in the workspace, so in a
+/// folder that two checkouts share it would take the object of one for that of the other.
+fn folder_of(workspace: &Path) -> String {
+    let mut hasher = DefaultHasher::new();
+    workspace.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
 }
 
 /// A rustc that can build `core` for the BPF target.

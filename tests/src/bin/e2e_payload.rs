@@ -147,7 +147,7 @@ fn start_guest(name: &str) -> Result<()> {
     fs::write(&disk, sector)?;
     let xml = format!(
         "<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory>\
-         <vcpu cpuset='0'>1</vcpu><os><type arch='x86_64' machine='pc'>hvm</type></os>\
+         <vcpu cpuset='0'>1</vcpu><os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>\
          <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>\
          <controller type='usb' model='none'/><memballoon model='none'/>\
          <disk type='file' device='disk'><driver name='qemu' type='raw'/>\
