@@ -1,4 +1,5 @@
 //! The probes: count and time, never decide.
+#![feature(asm_experimental_arch)]
 #![no_std]
 #![no_main]
 

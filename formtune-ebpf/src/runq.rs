@@ -11,6 +11,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap};
 use aya_ebpf::programs::BtfTracePointContext;
+use core::arch::asm;
 use core::ptr::{read_volatile, write_volatile};
 use formtune_common::runq::{BUCKETS, LOG2, Row, TableEntry, bucket_by_table};
 
@@ -99,10 +100,15 @@ fn count(ctx: &BtfTracePointContext) -> Option<()> {
         // Volatile, so that the compiler cannot tell what comes out and leaves the masks
         // that the verifier needs.
         let log2 = |n| u64::from(read_volatile(&raw const LOGARITHMS[n as usize & 255]));
-        let bucket = bucket_by_table(wait, log2) as usize;
-        if bucket >= BUCKETS {
+        let mut bucket = bucket_by_table(wait, log2);
+        // The compiler knows that this is in bounds, and makes `|` of its sums. Kernels before
+        // 6.4 know nothing of what comes out of a `|`, so a mask that the compiler cannot take
+        // away tells them. (An `asm!` without an instruction breaks the line numbers in BTF.)
+        asm!("{0} &= 1023", inout(reg) bucket, options(nomem, nostack));
+        if bucket >= BUCKETS as u64 {
             return None;
         }
+        let bucket = bucket as usize;
         bump((&raw mut (*row).buckets).cast::<u32>().add(bucket));
         let wait_ns = &raw mut (*row).wait_ns;
         write_volatile(wait_ns, read_volatile(wait_ns) + wait);
