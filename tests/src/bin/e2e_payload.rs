@@ -18,8 +18,8 @@ const DISKS: &str = "/var/lib/libvirt/images";
 const STATE: &str = "/var/lib/formtune-test";
 const AGENT: &str = "/run/payload/formtune";
 
-/// The victim is promised what it cannot have beside a spinning neighbour on one CPU; a gain
-/// is not asked for, as the checks are about the knobs.
+/// The victim is promised what it cannot have beside a spinning neighbour on one CPU, and the
+/// neighbour is entitled to less than it uses.
 const POLICY: &str = r#"
 [cpu]
 cooldown = "1s"
@@ -41,6 +41,7 @@ min_samples = 5
 
 [classes.batch]
 priority = "low"
+cpu_weight = 20
 slo = "off"
 "#;
 

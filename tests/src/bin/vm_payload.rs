@@ -34,7 +34,8 @@ const VMS: [&str; 3] = ["batch-1", "idle", "web-1"];
 /// No VM at all.
 const OUTSIDE: &str = "system.slice/cron.service";
 
-/// The victim is promised what it cannot have beside a spinning neighbour on one CPU.
+/// The victim is promised what it cannot have beside a spinning neighbour on one CPU, and the
+/// neighbour is entitled to less than it uses.
 const POLICY: &str = r#"libvirt = "off"
 [cpu]
 cooldown = "1s"
@@ -56,6 +57,7 @@ min_samples = 5
 
 [classes.batch]
 priority = "low"
+cpu_weight = 20
 slo = "off"
 "#;
 
@@ -77,15 +79,21 @@ fn main() -> ExitCode {
     });
     checks.run("attributes", || attributes(load.as_ref().map_err(|e| anyhow::anyhow!("{e:#}"))?));
     checks.run("acts", acts);
-    checks.run("closes the loop", || closes_the_loop().map(|(_, detail)| detail));
+    let mut agent = None;
+    checks.run("closes the loop", || {
+        let (started, set) = closes_the_loop()?;
+        agent = Some(started);
+        Ok(set)
+    });
     checks.run("restores after SIGKILL", || {
-        let (mut agent, set) = closes_the_loop()?;
-        agent.signal(Signal::SIGKILL)?;
-        agent.wait()?;
+        let mut killed = agent.take().context("formtune does not run")?;
+        killed.signal(Signal::SIGKILL)?;
+        killed.wait()?;
+        let left = weights()?;
         ensure!(changed()?, "weights were back before the restart");
         let _agent = start("shadow")?;
         originals()?;
-        Ok(format!("{set}; after the restart {:?}", weights()?))
+        Ok(format!("{left:?} after SIGKILL, {:?} after the restart", weights()?))
     });
     checks.run("restores on stop", || {
         let (mut agent, set) = closes_the_loop()?;
@@ -295,5 +303,9 @@ fn closes_the_loop() -> Result<(Agent, String)> {
         Ok((weights != [100, 100]).then_some(weights))
     })
     .with_context(|| agent.log_tail())?;
-    Ok((agent, format!("weights {set:?}")))
+    let decided = eventually(Duration::from_secs(10), "decision in /v1/decisions", || {
+        let decisions = agent.get("/v1/decisions")?;
+        Ok(["\"lower\"", "\"raise\""].into_iter().find(|action| decisions.contains(action)))
+    })?;
+    Ok((agent, format!("decided {decided}, weights {set:?}")))
 }

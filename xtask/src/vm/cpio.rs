@@ -25,11 +25,6 @@ impl<W: Write> Writer<W> {
         self.member(name, 0o100_000 | permissions, content)
     }
 
-    /// A symbolic link.
-    pub fn link(&mut self, name: &str, to: &str) -> io::Result<()> {
-        self.member(name, 0o120_777, to.as_bytes())
-    }
-
     /// Ends the archive.
     pub fn finish(mut self) -> io::Result<()> {
         self.member("TRAILER!!!", 0, &[])?;
@@ -73,7 +68,6 @@ mod tests {
         let mut archive = Writer::new(&mut bytes);
         archive.folder("bin").unwrap();
         archive.file("bin/a", 0o755, b"hello").unwrap();
-        archive.link("b", "bin/a").unwrap();
         archive.finish().unwrap();
         let text = String::from_utf8_lossy(&bytes);
         assert!(text.starts_with("07070100000001000041ED"));

@@ -54,7 +54,9 @@ pub fn run(machine: &Machine<'_>) -> Result<Ended> {
         let (log, _) = progress::log_file(&format!("vm-{}", machine.name))?;
         let start = Instant::now();
         let how = once(machine, &log)?;
-        let console = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
+        // The serial line starts with a NUL or two, which make a log a binary file to grep.
+        let console = String::from_utf8_lossy(&fs::read(&log)?).replace('\0', "");
+        fs::write(&log, &console)?;
         if let Some(status) = exit_status(&console) {
             return Ok(Ended { status, console, log, elapsed: start.elapsed() });
         }
