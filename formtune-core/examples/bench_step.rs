@@ -81,7 +81,7 @@ fn walk(sample: &Sample) -> u64 {
 fn sample(vms: usize, seed: u64) -> Sample {
     let mut rng = Rng(seed);
     let vm = |n: usize| {
-        let scale = if n % 20 == 0 { 8.0 } else { 1.0 };
+        let scale = if n.is_multiple_of(20) { 8.0 } else { 1.0 };
         let mut counts = std::collections::BTreeMap::new();
         while counts.len() < 30 {
             let wait = 2_000.0 * scale * (rng.between(0.0, 5.0)).exp();

@@ -5,7 +5,6 @@ use crate::policy::{Class, CpuLoop};
 use crate::sample::VmSample;
 use crate::units::{Nanos, VmId, Weight};
 use alloc::boxed::Box;
-use alloc::string::String;
 use alloc::vec::Vec;
 
 /// Samples in a row that must show a foreign value before the knob is given up: one may
@@ -30,7 +29,7 @@ pub struct KnobState {
     rising: Option<bool>,
     reversed_at: Vec<Nanos>,
     frozen: Option<Frozen>,
-    refused: Option<Box<String>>,
+    refused: Option<Box<str>>,
     /// A change to be taken back as soon as the knob may move.
     pub revert: Option<Box<Revert>>,
 }
@@ -117,7 +116,7 @@ impl KnobState {
             OutcomeResult::Unchanged => self.applied(outcome.asked),
             OutcomeResult::Refused { why } => {
                 self.pending = None;
-                self.refused = Some(Box::new(why.clone()));
+                self.refused = Some(why.as_str().into());
             }
             OutcomeResult::Yielded { .. } => unreachable!("returned above"),
         }
@@ -170,7 +169,7 @@ impl KnobState {
             return None;
         }
         Some(match &self.refused {
-            Some(cause) => Reason::Refused { cause: (**cause).clone(), left },
+            Some(cause) => Reason::Refused { cause: (**cause).into(), left },
             None => Reason::Cooldown { left },
         })
     }

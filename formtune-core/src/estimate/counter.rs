@@ -34,11 +34,10 @@ impl Rate {
             None => {}
             Some(value) if value < last => *self = Self { last: Some((at, value)), rate: None },
             Some(_) if span.0 == 0 => {}
-            Some(value) if value == last => {
-                if span >= STILL_IS_IDLE {
-                    *self = Self { last: Some((at, value)), rate: Some(0.0) };
-                }
+            Some(value) if value == last && span >= STILL_IS_IDLE => {
+                *self = Self { last: Some((at, value)), rate: Some(0.0) };
             }
+            Some(value) if value == last => {}
             Some(value) => {
                 let newest = (value - last) as f64 / span.0 as f64;
                 self.rate = Some(match self.rate {
