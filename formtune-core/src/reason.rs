@@ -157,6 +157,8 @@ pub enum Reason {
         /// CPUs used and entitled to.
         usage: Usage,
     },
+    /// The agent has only just begun to look: nobody's CPU usage is known yet.
+    UsageUnknown,
     /// Nobody of the same or a lower priority uses more than its entitlement.
     NoCulprit {
         /// Share of the node's CPUs in use, rounded to three decimals.
@@ -395,6 +397,9 @@ impl fmt::Display for Reason {
             }
             Self::OverEntitlement { usage } => {
                 write!(f, "asks for more than anybody else ({usage}): its wait is its own")
+            }
+            Self::UsageUnknown => {
+                f.write_str("waiting for the first readings of who uses how much CPU")
             }
             Self::NoCulprit { busy } => {
                 write!(f, "nobody uses more than it is entitled to ({})", Busy(*busy))

@@ -15,6 +15,8 @@ use alloc::vec::Vec;
 /// What [`step`](crate::step) remembers. Starts empty; nothing of it outlives the agent.
 #[derive(Clone, Debug, Default)]
 pub struct State {
+    /// `at` of the first sample.
+    pub(crate) first_at: Option<Nanos>,
     /// `at` of the last sample.
     pub(crate) last_at: Option<Nanos>,
     /// CPU time in use on the node, in CPUs.

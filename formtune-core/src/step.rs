@@ -39,6 +39,7 @@ pub fn step(state: &mut State, policy: &Policy, sample: &Sample) -> Plan {
     if stale {
         return hold_all(sample, &Reason::StaleSample);
     }
+    state.first_at.get_or_insert(sample.at);
     state.last_at = Some(sample.at);
     state.join(sample);
     let mut views = estimate(state, policy, sample);

@@ -371,3 +371,40 @@ fn last_bucket_is_known() {
     assert!(upper_bound(BUCKETS as u32 - 1) > upper_bound(BUCKETS as u32 - 2));
     assert_ne!(Rng(1).bits(), Rng(2).bits());
 }
+
+/// A starting agent knows no usage for a second or two: it must not hold everybody guilty.
+#[test]
+fn nobody_is_lowered_before_usage_can_be_known() {
+    let policy =
+        Policy { modes: formtune_core::policy::Modes { cpu_weight: Mode::Enforce }, ..policy() };
+    let waits = |ns: u64| RunqInterval { counts: vec![(bucket(ns) as u16, 500)], wait_ns: ns };
+    let vm = |ns| VmSample {
+        class: "service".into(),
+        vcpus: 1,
+        runq: Some(waits(ns)),
+        cpu_usage_ns: None,
+        throttled_ns: None,
+        cpu_weight: Weight::new(100),
+        cpu_weight_original: Weight::new(100),
+    };
+    let mut state = State::default();
+    let mut reasons = Vec::new();
+    for seq in 1..=60 {
+        let sample = Sample {
+            seq,
+            at: Nanos::from_millis(250 * seq),
+            host: HostSample { cpus: 2, cpu_busy_ns: Some(500_000_000 * seq), blind: None },
+            vms: BTreeMap::from([("idle".into(), vm(1_000)), ("web".into(), vm(500_000_000))]),
+            outcomes: Vec::new(),
+        };
+        let plan = step(&mut state, &policy, &sample);
+        if seq <= 12 {
+            assert_eq!(plan.setpoints, [], "{seq}");
+            reasons.extend(plan.decisions.into_iter().map(|decision| decision.reason));
+        } else if !plan.setpoints.is_empty() {
+            assert!(reasons.contains(&Reason::UsageUnknown), "{reasons:?}");
+            return;
+        }
+    }
+    panic!("the guard never ended");
+}

@@ -79,9 +79,10 @@ fn for_reason(vm: &VmState, reason: &Reason) -> Option<String> {
             )
         }
         Reason::NoKnob => "Its cgroup has no CPU weight: enable the cpu controller for it.".into(),
-        Reason::Cooldown { .. } | Reason::AwaitingOutcome { .. } | Reason::Verifying { .. } => {
-            "Time: this ends by itself.".into()
-        }
+        Reason::Cooldown { .. }
+        | Reason::AwaitingOutcome { .. }
+        | Reason::Verifying { .. }
+        | Reason::UsageUnknown => "Time: this ends by itself.".into(),
         Reason::Helped { .. } => "Nothing: it helped, and stays while it is needed.".into(),
         Reason::Frozen { .. } => {
             "It thaws by itself. Its load changes faster than weights can follow: a longer \

@@ -22,6 +22,10 @@ const VICTIMS_AT_ONCE: usize = 32;
 /// Most victims noted at one culprit. Should they all go, so does the reason to keep it low.
 const NOTED_VICTIMS: usize = 8;
 
+/// Usage is a rate over two readings about a second apart; until the first can be there,
+/// "nobody's usage is known" is no reason to hold everybody guilty.
+const USAGE_SETTLES: Nanos = Nanos::from_secs(3);
+
 /// What all parts of one decision share.
 struct Cpu<'s, 'v, 'p> {
     state: &'s mut State,
@@ -170,6 +174,13 @@ impl Cpu<'_, '_, '_> {
         }
         victims.sort_by(|a, b| b.0.cmp(&a.0).then(a.1.total_cmp(&b.1)).then(a.2.cmp(&b.2)));
         let claims = self.claims();
+        let young = self.now.since(self.state.first_at.unwrap_or(self.now)) < USAGE_SETTLES;
+        if young && claims.iter().all(|claim| claim.uses.is_none()) {
+            for (_, _, index) in victims {
+                self.answer(index, Action::Hold, Reason::UsageUnknown);
+            }
+            return;
+        }
         let blame = Blame::new(self.cpus, &claims);
         let mut served = 0;
         for (_, slack, index) in victims {
