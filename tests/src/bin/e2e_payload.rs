@@ -70,7 +70,7 @@ fn main() -> ExitCode {
             started.signal(Signal::SIGSTOP).map(Some)
         })
         .with_context(|| started.log_tail())?;
-        let weights = format!("{:?}, systemd's property {}", weights()?, property(VICTIM)?);
+        let weights = format!("{:?}, the neighbour's {}", weights()?, property(NEIGHBOUR)?);
         agent = Some(started);
         Ok(weights)
     });
@@ -173,29 +173,35 @@ fn scope(name: &str) -> Result<PathBuf> {
     bail!("no scope of {name} in machine.slice")
 }
 
-/// Victim's and neighbour's weight; the kernel's and libvirt's answers must agree.
+/// Victim's and neighbour's weight; the kernel's and libvirt's answers must agree, which
+/// takes a moment when the agent is at work.
 fn weights() -> Result<[u32; 2]> {
-    let mut both = [0; 2];
-    for (weight, name) in both.iter_mut().zip([VICTIM, NEIGHBOUR]) {
-        let file = scope(name)?.join("cpu.weight");
-        *weight = fs::read_to_string(&file)?.trim().parse()?;
-        let shares = run("virsh", &["schedinfo", name])?;
-        let shares = shares
-            .lines()
-            .find_map(|line| line.strip_prefix("cpu_shares"))
-            .and_then(|rest| rest.split(':').nth(1)?.trim().parse::<u32>().ok())
-            .with_context(|| format!("no cpu_shares of {name}: {shares}"))?;
-        ensure!(shares == *weight, "{}: {weight}, libvirt says {shares}", file.display());
-    }
-    Ok(both)
+    let mut seen = String::new();
+    let agreed = eventually(Duration::from_secs(5), "agreement on the weights", || {
+        let kernel = [kernel_weight(VICTIM)?, kernel_weight(NEIGHBOUR)?];
+        let libvirt = [libvirt_shares(VICTIM)?, libvirt_shares(NEIGHBOUR)?];
+        seen = format!("the kernel has {kernel:?}, libvirt says {libvirt:?}");
+        Ok((kernel == libvirt).then_some(kernel))
+    });
+    agreed.with_context(|| seen)
+}
+
+fn kernel_weight(name: &str) -> Result<u32> {
+    let file = scope(name)?.join("cpu.weight");
+    fs::read_to_string(&file)?.trim().parse().with_context(|| format!("{}", file.display()))
+}
+
+fn libvirt_shares(name: &str) -> Result<u32> {
+    let shown = run("virsh", &["schedinfo", name])?;
+    shown
+        .lines()
+        .find_map(|line| line.strip_prefix("cpu_shares"))
+        .and_then(|rest| rest.split(':').nth(1)?.trim().parse().ok())
+        .with_context(|| format!("no cpu_shares of {name}: {shown}"))
 }
 
 fn changed() -> Result<bool> {
-    let mut changed = false;
-    for name in [VICTIM, NEIGHBOUR] {
-        changed |= fs::read_to_string(scope(name)?.join("cpu.weight"))?.trim() != "100";
-    }
-    Ok(changed)
+    Ok(kernel_weight(VICTIM)? != 100 || kernel_weight(NEIGHBOUR)? != 100)
 }
 
 fn originals() -> Result<()> {
