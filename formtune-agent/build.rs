@@ -3,8 +3,9 @@
 //!
 //! The BPF target has no prebuilt `core`, so it takes a compiler that may use unstable
 //! flags and whose sysroot holds the library source. Three kinds are looked for, in this
-//! order: what `FORMTUNE_EBPF_RUSTC` names, a rustup nightly with the component
-//! `rust-src`, a distribution's rustc with its source package (`RUSTC_BOOTSTRAP=1`).
+//! order: what `FORMTUNE_EBPF_RUSTC` names, a distribution's rustc with its source package
+//! (`RUSTC_BOOTSTRAP=1`; the bpf-linker that `cargo xtask setup` builds has its LLVM), a
+//! rustup nightly with the component `rust-src`.
 
 use anyhow::{Context, Result, bail};
 use std::env;
@@ -107,13 +108,6 @@ fn find_rustc() -> Result<PathBuf> {
         };
     }
     let mut tried = Vec::new();
-    match rustup_nightly() {
-        Ok(rustc) => match check_rustc(&rustc) {
-            Ok(_) => return Ok(rustc),
-            Err(error) => tried.push(format!("rustup's nightly: {error:#}")),
-        },
-        Err(error) => tried.push(format!("rustup's nightly: {error:#}")),
-    }
     for rustc in ["/usr/bin/rustc", "/usr/local/bin/rustc"].map(PathBuf::from) {
         if !rustc.exists() {
             tried.push(format!("{}: not there", rustc.display()));
@@ -125,6 +119,13 @@ fn find_rustc() -> Result<PathBuf> {
             Ok(_) => tried.push(format!("{}: older than {major}.{minor}", rustc.display())),
             Err(error) => tried.push(format!("{}: {error:#}", rustc.display())),
         }
+    }
+    match rustup_nightly() {
+        Ok(rustc) => match check_rustc(&rustc) {
+            Ok(_) => return Ok(rustc),
+            Err(error) => tried.push(format!("rustup's nightly: {error:#}")),
+        },
+        Err(error) => tried.push(format!("rustup's nightly: {error:#}")),
     }
     bail!(
         "no suitable compiler ({}); run `cargo xtask setup`, or `rustup toolchain install \

@@ -128,7 +128,7 @@ fn short(value: Option<f64>) -> String {
     let Some(value) = value else { return "-".into() };
     match value.abs() {
         0.0 => "0".into(),
-        v if v >= 10_000_000.0 || v < 0.001 => format!("{value:.1e}"),
+        v if !(0.001..10_000_000.0).contains(&v) => format!("{value:.1e}"),
         v if v >= 1_000.0 => format!("{value:.0}"),
         v if v >= 100.0 => format!("{value:.1}"),
         v if v >= 10.0 => format!("{value:.2}"),

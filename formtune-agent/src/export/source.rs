@@ -16,11 +16,14 @@ pub type SnapshotRequest = oneshot::Sender<Arc<Snapshot>>;
 /// more than ten a second.
 const REUSE_FOR: Duration = Duration::from_millis(100);
 
+/// What was answered, and when.
+type Answer = (Instant, Arc<Snapshot>);
+
 /// The side that asks. Clones share what was answered last.
 #[derive(Clone, Debug)]
 pub struct Snapshots {
     requests: mpsc::Sender<SnapshotRequest>,
-    last: Arc<Mutex<Option<(Instant, Arc<Snapshot>)>>>,
+    last: Arc<Mutex<Option<Answer>>>,
     patience: Duration,
 }
 

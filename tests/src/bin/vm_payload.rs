@@ -181,41 +181,49 @@ fn open_sense() -> Result<Sense> {
     Ok(sense)
 }
 
-/// What the probe counts for a VM over 3 s is what the kernel says of its only process; the
-/// idle VM has next to nothing, though two processes outside of any VM wait all the time.
-fn attributes(load: &Load) -> Result<String> {
-    let mut sense = open_sense()?;
-    let totals = |sense: &Sense| -> Result<[(u64, u64); 3]> {
-        let mut all = [(0, 0); 3];
-        for (to, vm) in all.iter_mut().zip(["web-1", "batch-1", "idle"]) {
+/// Waits of the victim, the neighbour and the idle VM.
+struct Waits {
+    /// The kernel's sums of victim and neighbour, nanoseconds, just before and just after.
+    kernel: [[u64; 2]; 2],
+    /// What the probe counted: waits and nanoseconds.
+    probe: [(u64, u64); 3],
+}
+
+impl Waits {
+    /// The kernel is asked twice, as time passes between two questions, and a lot of it where
+    /// the machine is emulated on a busy one.
+    fn read(sense: &mut Sense, load: &Load) -> Result<Self> {
+        let kernel =
+            || -> Result<[u64; 2]> { Ok([run_delay(&load.victim)?, run_delay(&load.neighbour)?]) };
+        let before = kernel()?;
+        sense.sample(now()?);
+        let mut probe = [(0, 0); 3];
+        for (to, vm) in probe.iter_mut().zip(["web-1", "batch-1", "idle"]) {
             let totals = sense.runq(&vm.into()).with_context(|| format!("{vm} is not measured"))?;
             *to = (totals.count, totals.wait_ns);
         }
-        Ok(all)
-    };
-    let delays =
-        || -> Result<[u64; 2]> { Ok([run_delay(&load.victim)?, run_delay(&load.neighbour)?]) };
-    // The kernel is asked just before and just after, as time passes between two questions, and
-    // a lot of it where the machine is emulated on a busy one.
-    let mut both = || -> Result<([u64; 2], [(u64, u64); 3], [u64; 2])> {
-        let first = delays()?;
-        sense.sample(now()?);
-        Ok((first, totals(&sense)?, delays()?))
-    };
-    let (first_from, before, last_from) = both()?;
+        Ok(Self { kernel: [before, kernel()?], probe })
+    }
+}
+
+/// What the probe counts for a VM over 3 s is what the kernel says of its only process; the
+/// idle VM has nothing, though two processes outside of any VM wait all the time.
+fn attributes(load: &Load) -> Result<String> {
+    let mut sense = open_sense()?;
+    let before = Waits::read(&mut sense, load)?;
     std::thread::sleep(Duration::from_secs(3));
-    let (first_to, after, last_to) = both()?;
+    let after = Waits::read(&mut sense, load)?;
     let mut lines = Vec::new();
     for (index, vm) in ["web-1", "batch-1"].into_iter().enumerate() {
-        let waits = after[index].0 - before[index].0;
-        let ours = (after[index].1 - before[index].1) as f64 / 1e6;
-        let least = first_to[index].saturating_sub(last_from[index]) as f64 / 1e6;
-        let most = (last_to[index] - first_from[index]) as f64 / 1e6;
+        let waits = after.probe[index].0 - before.probe[index].0;
+        let ours = (after.probe[index].1 - before.probe[index].1) as f64 / 1e6;
+        let least = after.kernel[0][index].saturating_sub(before.kernel[1][index]) as f64 / 1e6;
+        let most = (after.kernel[1][index] - before.kernel[0][index]) as f64 / 1e6;
         lines.push(format!("{vm} {waits} waits, {ours:.0} ms, kernel {least:.0} to {most:.0} ms"));
         ensure!(most > 500.0, "the load did not wait: {lines:?}");
         ensure!(least * 0.95 <= ours && ours <= most * 1.05, "{lines:?}");
     }
-    let idle = after[2].1 - before[2].1;
+    let idle = after.probe[2].1 - before.probe[2].1;
     ensure!(idle == 0, "the idle VM waited {idle} ns");
     Ok(lines.join("; "))
 }

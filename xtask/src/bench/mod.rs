@@ -22,8 +22,11 @@ pub struct Args {
     json: Option<PathBuf>,
 }
 
+/// What a benchmark does.
+type Bench = fn() -> Result<Vec<Figure>>;
+
 /// A benchmark's name and what it measures. New benchmarks go here.
-const BENCHES: &[(&str, fn() -> Result<Vec<Figure>>)] =
+const BENCHES: &[(&str, Bench)] =
     &[("runq", runq::run), ("step", step::run), ("reaction", reaction::run), ("agent", agent::run)];
 
 /// Runs one or all; exit code 0 when it could be measured, met or not.
