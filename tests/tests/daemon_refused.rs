@@ -46,6 +46,41 @@ fn a_second_agent_on_the_same_site() {
     assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
 }
 
+/// Two agents with nothing in common but the node.
+#[test]
+fn a_second_agent_that_enforces() {
+    let site = Site::new(QUIET).unwrap();
+    let agent = site.run(&["--mode", "enforce"]).unwrap();
+    let other = Site::new(QUIET).unwrap();
+    let line = refusal(&other.output(&["run", "--mode", "enforce"]).unwrap());
+    says(&line, &["another formtune enforces on this node", "--mode shadow"]);
+    assert!(!other.state().exists(), "the second made its state folder");
+    let shadow = other.run(&["--mode", "shadow"]).unwrap();
+    assert_eq!(shadow.end(Signal::SIGTERM).unwrap().code(), Some(0));
+    assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
+    let next = other.run(&["--mode", "enforce"]).unwrap();
+    assert_eq!(next.end(Signal::SIGTERM).unwrap().code(), Some(0));
+}
+
+/// A kernel without BTF, played by an empty folder over it in a mount namespace of its own.
+#[test]
+fn a_kernel_without_btf() {
+    let site = Site::new(QUIET).unwrap();
+    let empty = site.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c"])
+        .arg("mount --bind \"$1\" /sys/kernel/btf && shift && exec \"$@\"")
+        .arg("sh")
+        .arg(&empty)
+        .arg(formtune_tests::agent::program())
+        .args(["run", "--config"])
+        .arg(site.config())
+        .output()
+        .unwrap();
+    says(&refusal(&output), &["sched_switch", "BTF", "`doctor`, `restore`"]);
+}
+
 #[test]
 fn a_port_in_use() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

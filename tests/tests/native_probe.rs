@@ -122,7 +122,9 @@ fn pinned_threads_agree_with_run_delay() {
 fn unpinned_threads_lose_what_they_waited_before_a_migration() {
     let [(count, wait), (pcount, delay)] = compare("ft-sense-unpinned", None);
     assert!(within(count, pcount, 0.05), "{count} waits, pcount {pcount}");
-    assert!(wait as f64 <= delay as f64 * 1.05, "{wait} ns, run_delay {delay} ns");
+    // What a migration cuts off is missing (docs/probes.md): 1 to 4 % on two CPUs.
+    let share = wait as f64 / delay as f64;
+    assert!((0.8..=1.05).contains(&share), "{wait} ns, run_delay {delay} ns");
 }
 
 #[test]

@@ -41,8 +41,7 @@ impl At {
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "the agent is not running: nobody answers on {} (start it with `systemctl start formtune` \
-         or `formtune run`)",
+        "the agent is not running: nobody answers on {} (start it with `formtune run`)",
         .0.display()
     )]
     NotRunning(PathBuf),

@@ -116,8 +116,18 @@ pub fn main() -> ExitCode {
         Command::Restore(args) => restore::run(&cli.global, &args),
     };
     result.unwrap_or_else(|failure| {
-        fail(format_args!("{failure:#}"));
+        fail(chain(&failure));
         error()
+    })
+}
+
+/// The error and its causes, less what is already said: some errors name their cause, as
+/// their text also stands alone in logs and outcomes.
+fn chain(failure: &anyhow::Error) -> String {
+    failure.chain().fold(String::new(), |said, cause| match cause.to_string() {
+        cause if said.is_empty() => cause,
+        cause if said.contains(&cause) => said,
+        cause => format!("{said}: {cause}"),
     })
 }
 

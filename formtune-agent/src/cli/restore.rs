@@ -49,7 +49,9 @@ pub(super) fn run(global: &Global, args: &Args) -> Result<ExitCode> {
         true => print(format_args!("{}\n", serde_json::to_string(&report)?))?,
         false => print(text(&report))?,
     }
-    Ok(if report.restored.is_complete() { super::GOOD } else { findings() })
+    // What a damaged journal no longer tells may still be changed.
+    let good = report.restored.is_complete() && report.damaged.is_none();
+    Ok(if good { super::GOOD } else { findings() })
 }
 
 fn text(report: &RecoveryReport) -> String {

@@ -5,6 +5,7 @@
 //! [`Snapshot`](crate::export::Snapshot). HTTP, libvirt's events and signals have threads of
 //! their own and reach it by messages only.
 
+mod alone;
 mod logging;
 mod privileges;
 mod publish;
@@ -22,6 +23,7 @@ use crate::hypervisor::Hypervisor;
 use crate::record;
 use crate::sense::{ProbeState, Sense};
 use crate::vm::Vm;
+use alone::Alone;
 use anyhow::{Context, Result, bail};
 use formtune_core::plan::{Outcome, Plan};
 use formtune_core::policy::Mode;
@@ -103,6 +105,8 @@ struct Agent {
     recent: Recent,
     decisions: DecisionLog,
     enforcing: bool,
+    /// Held as long as knobs may be turned.
+    _alone: Option<Alone>,
 }
 
 impl Agent {
@@ -113,6 +117,9 @@ impl Agent {
         privileges::check(config.policy.modes.cpu_weight)?;
         let listen = Listen { socket: config.socket.clone(), tcp: config.listen };
         let server = Server::bind(&listen)?;
+        let alone = (config.policy.modes.cpu_weight == Mode::Enforce)
+            .then(|| Alone::on(&config.sense.cgroup_root))
+            .transpose()?;
         let hypervisor = connect(&config);
         let (act, recovery) = Act::open(&config.state_dir, hypervisor.clone())?;
         if recovery.earlier_boot > 0 {
@@ -156,6 +163,7 @@ impl Agent {
                 .map_or("no TCP port".to_owned(), |address| format!("http://{address}/metrics")),
         );
         let agent = Self {
+            _alone: alone,
             facts,
             sense,
             act,

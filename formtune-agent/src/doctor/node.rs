@@ -220,11 +220,7 @@ pub(super) fn socket(config: &Config, running: bool) -> Check {
             format!("not running; {path} is left over from one that died"),
             "start it: the file is replaced",
         ),
-        _ => Check::note(
-            name,
-            "not running",
-            "start it with `systemctl start formtune` or `formtune run`",
-        ),
+        _ => Check::note(name, "not running", "start it with `formtune run`"),
     }
 }
 

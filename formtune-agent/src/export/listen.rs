@@ -73,6 +73,8 @@ pub(super) struct Bound {
 }
 
 pub(super) fn bind_all(to: &Listen) -> Result<Bound, ListenError> {
+    // An agent with this very configuration is better named than its port.
+    clear_stale(&to.socket)?;
     // TCP first: what can fail without a trace comes before what leaves a file.
     let tcp = to.tcp.map(bind_tcp).transpose()?;
     let (unix, file) = bind_unix(&to.socket)?;

@@ -230,7 +230,8 @@ fn unavailable(error: &ProbeError) -> ProbeState {
         program: probes::SCHED_SWITCH,
         why: error.to_string(),
         remedy: format!(
-            "{remedy}; without it CPU time and weights are still read, and nothing is changed"
+            "{remedy}; without it `formtune run` does not start, and `doctor`, `restore`, `replay` \
+             and `config` work"
         ),
     }
 }
