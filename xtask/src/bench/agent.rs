@@ -8,6 +8,7 @@ use crate::demo::domain::{Domain, Guest};
 use crate::demo::libvirtd::Libvirtd;
 use crate::demo::{image, interrupt};
 use crate::figure::Figure;
+use crate::setup::{self, Purpose};
 use crate::{progress, sh};
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -27,6 +28,7 @@ const MANY: usize = 1_000;
 /// # Errors
 /// When the load cannot be set up or the agent fails.
 pub fn run() -> Result<Vec<Figure>> {
+    setup::ensure(&[Purpose::Build, Purpose::Bench, Purpose::Demo])?;
     interrupt::catch()?;
     let program = agent::build()?;
     let mut figures = three_vms(&program)?;

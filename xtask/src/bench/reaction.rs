@@ -7,6 +7,7 @@ use crate::demo::agent::{self, Agent};
 use crate::demo::{image, interrupt};
 use crate::figure::Figure;
 use crate::progress;
+use crate::setup::{self, Purpose};
 use anyhow::{Context, Result, bail};
 use formtune_core::units::Nanos;
 use formtune_guest::{VictimReport, histogram_us};
@@ -30,6 +31,7 @@ const LIMIT: Duration = Duration::from_secs(15);
 /// # Errors
 /// When the load cannot be set up, the agent fails, or the neighbours do not hurt the victim.
 pub fn run() -> Result<Vec<Figure>> {
+    setup::ensure(&[Purpose::Build, Purpose::Bench])?;
     interrupt::catch()?;
     let program = agent::build()?;
     let guest = image::guest_program()?;

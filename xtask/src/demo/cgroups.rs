@@ -27,7 +27,7 @@ impl Partition {
     /// What a definition calls it.
     pub const NAME: &str = "/formtune-demo";
     /// For the `cgroups` key of formtune's configuration.
-    pub const PATTERN: &str = "formtune-demo.partition/qemu-*-{vm}.libvirt-qemu";
+    pub const PATTERN: &str = "formtune-demo.partition/qemu-*-{name}.libvirt-qemu";
 
     /// Makes it in every hierarchy; one that is left of a run that was killed will do.
     ///

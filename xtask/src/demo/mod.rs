@@ -14,6 +14,7 @@ pub mod libvirtd;
 mod phase;
 mod report;
 
+use crate::setup::{self, Purpose};
 use crate::{progress, sh};
 use agent::{Agent, Waits};
 use anyhow::{Context, Result, bail};
@@ -55,6 +56,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     if !nix::unistd::geteuid().is_root() {
         bail!("the demo must run as root: it starts guests, loads eBPF programs and sets weights");
     }
+    setup::ensure(&[Purpose::Build, Purpose::Demo])?;
     interrupt::catch()?;
     let program = agent::build()?;
     let folder = sh::target().join("demo");
