@@ -2,7 +2,7 @@
 //! under a name of our own, in the hierarchy of the `cpu` controller and, on hybrid hosts, at
 //! the same path in the v2 hierarchy, as libvirt does it.
 
-use crate::demo::interrupt;
+use crate::demo::{cgroups, interrupt};
 use anyhow::{Context, Result, bail};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
@@ -42,14 +42,15 @@ impl Cgroups {
             all
         };
         let new = Self { roots: hierarchies.iter().map(|path| path.join(&name)).collect(), name };
+        if v2 {
+            enable_cpu(root)?;
+        }
         for path in &new.roots {
             fs::create_dir(path).with_context(|| format!("failed to make {}", path.display()))?;
+            cgroups::raise(path)?;
         }
         if v2 {
-            for path in [root, &new.roots[0]] {
-                fs::write(path.join("cgroup.subtree_control"), "+cpu")
-                    .with_context(|| format!("no cpu controller in {}", path.display()))?;
-            }
+            enable_cpu(&new.roots[0])?;
         }
         Ok(new)
     }
@@ -221,6 +222,12 @@ impl Drop for Load {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// For the cgroups below this one.
+fn enable_cpu(path: &Path) -> Result<()> {
+    fs::write(path.join("cgroup.subtree_control"), "+cpu")
+        .with_context(|| format!("no cpu controller in {}", path.display()))
 }
 
 /// Removes a cgroup and those below it. A process that was just killed leaves its cgroup a

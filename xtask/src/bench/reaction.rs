@@ -23,6 +23,8 @@ const REPORTS_PER_S: usize = 10;
 const STEADY: usize = 5;
 /// Undisturbed time before an onset, so that the agent's window is full and calm.
 const CALM: Duration = Duration::from_millis(2_500);
+/// Onsets that were not to be had because other work on the host made the victim wait.
+const MOST_SPOILT: usize = 30;
 /// An onset that takes longer counts with this.
 const LIMIT: Duration = Duration::from_secs(15);
 
@@ -56,15 +58,25 @@ pub fn run() -> Result<Vec<Figure>> {
     let settings = settings(&cgroups);
     let mut step = progress::Step::start(format!("{ONSETS} onsets of contention"));
     let (mut first_write, mut recovered) = (Vec::new(), Vec::new());
-    for onset in 0..ONSETS {
-        let state = folder.path().join(onset.to_string());
-        let (write, back) = bench
+    let mut spoilt = 0;
+    while first_write.len() < ONSETS {
+        let number = first_write.len() + spoilt + 1;
+        let state = folder.path().join(number.to_string());
+        let onset = bench
             .onset(&program, &state, &settings, &mut || step.tick())
-            .with_context(|| format!("onset {}", onset + 1))?;
-        first_write.push(write);
-        recovered.push(back);
+            .with_context(|| format!("onset {number}"))?;
+        match onset {
+            Some((write, back)) => {
+                first_write.push(write);
+                recovered.push(back);
+            }
+            None => spoilt += 1,
+        }
+        if spoilt > MOST_SPOILT {
+            bail!("other work on this host disturbed {spoilt} onsets: try again when it is quiet");
+        }
     }
-    step.end("done");
+    step.end(&format!("done, {spoilt} more were spoilt by other work on this host"));
     let figure = |name, values: &[f64], target| {
         Figure::measured(name, "s", values, None, None, Some(target))
     };
@@ -116,19 +128,22 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Seconds from one onset to the first write and to the recovery.
+    /// Seconds from one onset to the first write and to the recovery; `None` when the victim
+    /// was not well, or formtune had to act, before it.
     fn onset(
         &mut self,
         program: &Path,
         state: &Path,
         settings: &str,
         tick: &mut dyn FnMut(),
-    ) -> Result<(f64, f64)> {
+    ) -> Result<Option<(f64, f64)>> {
         let before = self.weights()?;
         let agent = Agent::start(program, state, settings)?;
+        self.seen += self.victim.lines_from(self.seen).len();
         interrupt::wait(CALM, &mut *tick)?;
-        if self.weights()? != before {
-            bail!("formtune changed a weight before there was any contention");
+        if self.weights()? != before || worst(&self.reports(Nanos(0))?) > THRESHOLD_US {
+            agent.stop()?;
+            return Ok(None);
         }
         self.seen += self.victim.lines_from(self.seen).len();
         let begin = agent::monotonic()?;
@@ -144,7 +159,7 @@ impl Bench<'_> {
         if self.weights()? != before {
             bail!("formtune did not put the weights back");
         }
-        outcome
+        outcome.map(Some)
     }
 
     /// Looks at knobs and victim until it has recovered.

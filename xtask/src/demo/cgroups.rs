@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 const ROOT: &str = "/sys/fs/cgroup";
 /// Its folder; libvirt appends `.partition` to the name of the definition.
 const FOLDER: &str = "formtune-demo.partition";
-/// Ten times the default, in either version's unit. A compiler that happens to run on the
-/// guests' CPU then disturbs the measurement less, in all phases alike, and the scheduler
-/// moves it elsewhere.
+/// Ten times the default, in either version's unit.
 const RAISED: &[(&str, &str)] = &[("cpu.shares", "10240"), ("cpu.weight", "1000")];
 /// A guest that was just destroyed leaves its cgroup a moment later.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -70,16 +68,27 @@ impl Partition {
                         .with_context(|| format!("failed to write {}", to.display()))?;
                 }
             }
-            for (file, value) in RAISED {
-                let to = path.join(file);
-                if to.exists() {
-                    fs::write(&to, value)
-                        .with_context(|| format!("failed to write {}", to.display()))?;
-                }
-            }
+            raise(&path)?;
         }
         Ok(new)
     }
+}
+
+/// Gives the parent of measured cgroups more weight than the host's other work has: a
+/// compiler that happens to run on their CPU then disturbs the measurement less, in all
+/// phases alike, and the scheduler moves it elsewhere. Weights below the parent, which are
+/// what is measured, are left alone.
+///
+/// # Errors
+/// When a knob that is there cannot be written.
+pub fn raise(parent: &Path) -> Result<()> {
+    for (file, value) in RAISED {
+        let to = parent.join(file);
+        if to.exists() {
+            fs::write(&to, value).with_context(|| format!("failed to write {}", to.display()))?;
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Partition {
