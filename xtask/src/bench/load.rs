@@ -55,6 +55,11 @@ impl Cgroups {
         Ok(new)
     }
 
+    /// The parent, in the hierarchy of the `cpu` controller.
+    pub fn cpu(&self) -> &Path {
+        &self.roots[0]
+    }
+
     /// For the `cgroups` key of formtune's configuration.
     pub fn pattern(&self) -> String {
         format!("{}/qemu-*-{{name}}.libvirt-qemu", self.name)

@@ -4,6 +4,7 @@
 
 use super::load::{Cgroups, Load, VmCgroup};
 use crate::demo::agent::{self, Agent};
+use crate::demo::filler::Filler;
 use crate::demo::{image, interrupt};
 use crate::figure::Figure;
 use crate::progress;
@@ -11,6 +12,7 @@ use crate::setup::{self, Purpose};
 use anyhow::{Context, Result, bail};
 use formtune_core::units::Nanos;
 use formtune_guest::{VictimReport, histogram_us};
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
@@ -54,10 +56,12 @@ pub fn run() -> Result<Vec<Figure>> {
         load.pause()?;
     }
 
-    let mut bench = Bench { vms: &vms, victim: &victim, noisy: &noisy, seen: 0 };
+    let filler = Filler::start(&guest, cgroups.cpu(), cpu)?;
+    let mut bench = Bench { vms: &vms, victim: &victim, noisy: &noisy, filler: &filler, seen: 0 };
     let settings = settings(&cgroups);
     let mut step = progress::Step::start(format!("{ONSETS} onsets of contention"));
     let (mut first_write, mut recovered) = (Vec::new(), Vec::new());
+    let (_, mut log) = progress::log_file("bench-reaction")?;
     let mut spoilt = 0;
     while first_write.len() < ONSETS {
         let number = first_write.len() + spoilt + 1;
@@ -67,10 +71,14 @@ pub fn run() -> Result<Vec<Figure>> {
             .with_context(|| format!("onset {number}"))?;
         match onset {
             Some((write, back)) => {
+                writeln!(log, "onset {number}: first write {write:.3} s, recovered {back:.3} s")?;
                 first_write.push(write);
                 recovered.push(back);
             }
-            None => spoilt += 1,
+            None => {
+                writeln!(log, "onset {number}: spoilt")?;
+                spoilt += 1;
+            }
         }
         if spoilt > MOST_SPOILT {
             bail!("other work on this host disturbed {spoilt} onsets: try again when it is quiet");
@@ -123,6 +131,8 @@ struct Bench<'a> {
     vms: &'a [VmCgroup; 3],
     victim: &'a Load,
     noisy: &'a [Load; 2],
+    /// Spins while they do not.
+    filler: &'a Filler,
     /// Lines of the victim that were used up.
     seen: usize,
 }
@@ -150,8 +160,9 @@ impl Bench<'_> {
         for load in self.noisy {
             load.resume()?;
         }
+        self.filler.pause()?;
         let outcome = self.watch(begin, &before, tick);
-        // Also when interrupted: the next one must find them calm.
+        self.filler.resume()?;
         for load in self.noisy {
             load.pause()?;
         }

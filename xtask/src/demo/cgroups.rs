@@ -72,6 +72,16 @@ impl Partition {
         }
         Ok(new)
     }
+
+    /// It, in the hierarchy of the `cpu` controller.
+    ///
+    /// # Errors
+    /// When no hierarchy has one.
+    pub fn cpu(&self) -> Result<&Path> {
+        let has_knob = |path: &&PathBuf| RAISED.iter().any(|(file, _)| path.join(file).exists());
+        let path = self.paths.iter().find(has_knob);
+        Ok(path.context("no hierarchy carries the cpu controller")?)
+    }
 }
 
 /// Gives the parent of measured cgroups more weight than the host's other work has: a

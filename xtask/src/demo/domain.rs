@@ -16,6 +16,8 @@ pub struct Image {
     pub vmlinux: PathBuf,
     /// Initramfs whose `/init` is the guest program.
     pub initrd: PathBuf,
+    /// That program, which runs on the host as well.
+    pub program: PathBuf,
     /// The emulator.
     pub qemu: PathBuf,
     /// Whether the processor's virtualisation is used.

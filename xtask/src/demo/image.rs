@@ -50,7 +50,7 @@ pub fn prepare(folder: &Path) -> Result<Image> {
     let mut archive = cpio::Writer::new(std::io::BufWriter::new(file));
     archive.file("init", 0o755, &fs::read(&program)?)?;
     archive.finish()?;
-    let mut image = Image { vmlinux, initrd, qemu, kvm: false };
+    let mut image = Image { vmlinux, initrd, program, qemu, kvm: false };
     image.kvm = kvm_works(&image);
     Ok(image)
 }

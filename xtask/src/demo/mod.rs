@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod cgroups;
 pub mod domain;
+pub mod filler;
 pub mod image;
 pub mod interrupt;
 pub mod libvirtd;
@@ -20,6 +21,7 @@ use agent::{Agent, Waits};
 use anyhow::{Context, Result, bail};
 use cgroups::Partition;
 use domain::{Domain, Guest, Image, Knobs};
+use filler::Filler;
 use formtune_core::units::VmId;
 use phase::Phase;
 use report::{Column, Report};
@@ -82,7 +84,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
 /// The three phases, and everything around them that has to be cleaned up again.
 fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
-    let _partition = Partition::make()?;
+    let partition = Partition::make()?;
     let step = progress::Step::start("starting a libvirt daemon of our own");
     let libvirtd = Rc::new(libvirtd::Libvirtd::start(&folder.join("libvirt"))?);
     step.end("done");
@@ -93,6 +95,7 @@ fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
     let neighbours: Vec<&Domain> = neighbours.iter().collect();
     let guests: Vec<&Domain> = [&victim].into_iter().chain(neighbours.iter().copied()).collect();
     let originals = knobs(&guests)?;
+    let filler = Filler::start(&image.program, partition.cpu()?, host.cpu())?;
 
     let observe = folder.join("observe");
     let agent = Agent::start(program, &observe, &host.settings(&libvirtd, &observe, "observe"))?;
@@ -102,6 +105,7 @@ fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
     settle("alone: neighbours stopped, formtune observes", SETTLE)?;
     let alone = Phase::measure("alone: measuring", MEASURE, &victim, &[])?;
     let alone_weights = weights(&guests)?;
+    drop(filler);
     for guest in &neighbours {
         guest.resume()?;
     }
