@@ -17,8 +17,9 @@ use std::path::Path;
 use std::time::Duration;
 
 const ONSETS: usize = 30;
-/// What the victim is promised: its wake-ups wait no longer than this, p99 over a second.
-const THRESHOLD_US: u64 = 1_000;
+/// What the victim is promised: it waits no longer than this for a CPU, p99 over a second.
+/// Contended it is 5 to 7 ms here, alone far below a millisecond on a quiet host.
+const THRESHOLD_US: u64 = 3_000;
 /// Reports of the victim per second.
 const REPORTS_PER_S: usize = 10;
 /// Windows in a row, each a report later than the last, that must be within the SLO.
