@@ -65,7 +65,7 @@ impl Apt {
         if fs::read_to_string(&fetched).is_ok_and(|of| of == sources) {
             return Ok(apt);
         }
-        for folder in ["lists/partial", "archives/partial"] {
+        for folder in ["lists/partial", "archives/partial", "none"] {
             let folder = apt.folder.join(folder);
             fs::create_dir_all(&folder)
                 .with_context(|| format!("failed to make the folder {}", folder.display()))?;
@@ -141,7 +141,7 @@ impl Apt {
         for option in [
             format!("Dir::Etc::sourcelist={}", path("sources.list")),
             format!("Dir::Etc::sourceparts={}", path("none")),
-            format!("Dir::Etc::preferences={}", path("none")),
+            format!("Dir::Etc::preferences={}", path("preferences")),
             format!("Dir::Etc::preferencesparts={}", path("none")),
             format!("Dir::State::lists={}", path("lists")),
             format!("Dir::Cache={}", path("")),
