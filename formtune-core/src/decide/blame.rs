@@ -4,6 +4,11 @@
 //! Blame goes by CPU used beyond it: only the polluter pays (Alita, SC 2020), the lowest
 //! priority first. The wait of a VM that itself uses more of its entitlement than anybody
 //! else is its own doing: more runnable vCPUs than its share gives.
+//!
+//! The node's CPUs are not always one pool: VMs pinned to few of them, or a host that is busy
+//! with other things, make a VM wait although nobody exceeds a share of the whole node. Then
+//! those of a lower priority who use more than the victim are suspected, and verify-then-keep
+//! clears the innocent.
 
 use crate::estimate::rounded;
 use crate::plan::Usage;
@@ -66,6 +71,8 @@ pub struct Blame {
     lowest_running: Option<Priority>,
     /// Lowest priority first, then worst first.
     polluters: Vec<Polluter>,
+    /// Those that run within their entitlement, in the same order, by CPUs used.
+    suspects: Vec<Polluter>,
 }
 
 /// The greatest use per weight, and the second, so that each VM can be compared with the
@@ -102,16 +109,18 @@ impl Blame {
         let total: f64 = claims.iter().filter(|c| runs(c)).map(|c| c.entitlement).sum();
         let cpus_per_weight = f64::from(cpus) / total.max(1.0);
         let mut greatest = Greatest::default();
-        let mut polluters = Vec::new();
+        let (mut polluters, mut suspects) = (Vec::new(), Vec::new());
         for (index, claim) in claims.iter().enumerate() {
             let Some(uses) = claim.uses else { continue };
             let entitled = claim.entitlement * cpus_per_weight;
             let (excess, ratio) = (uses - entitled, uses / claim.entitlement);
             greatest.take(index, ratio);
+            let usage = Some(Usage { uses: rounded(uses), entitled: rounded(entitled) });
+            let priority = claim.priority;
             if uses >= RUNS && excess > EXCESS * entitled {
-                let usage = Some(Usage { uses: rounded(uses), entitled: rounded(entitled) });
-                let priority = claim.priority;
                 polluters.push(Polluter { index, priority, usage, excess, ratio });
+            } else if uses >= RUNS {
+                suspects.push(Polluter { index, priority, usage, excess: uses, ratio });
             }
         }
         // Nothing at all is known: everybody may be to blame, nobody more than another.
@@ -125,17 +134,10 @@ impl Blame {
                 ratio: f64::INFINITY,
             }));
         }
-        let order = |a: &Polluter, b: &Polluter| {
-            let worst_first = b.excess.total_cmp(&a.excess);
-            a.priority.cmp(&b.priority).then(worst_first).then(a.index.cmp(&b.index))
-        };
-        if polluters.len() > LOOKED_AT {
-            polluters.select_nth_unstable_by(LOOKED_AT, order);
-            polluters.truncate(LOOKED_AT);
-        }
-        polluters.sort_unstable_by(order);
+        worst_first(&mut polluters);
+        worst_first(&mut suspects);
         let lowest_running = claims.iter().filter(|c| runs(c)).map(|c| c.priority).min();
-        Self { cpus_per_weight, greatest, lowest_running, polluters }
+        Self { cpus_per_weight, greatest, lowest_running, polluters, suspects }
     }
 
     /// `Some` if the VM's wait is its own: it uses more than it is entitled to, and nobody
@@ -149,36 +151,64 @@ impl Blame {
     }
 
     /// Who may be lowered for a victim's sake: lowest priority first, then worst first;
-    /// nobody of a higher priority than the victim's.
+    /// nobody of a higher priority than the victim's. Where nobody exceeds an entitlement,
+    /// suspects of a lower priority.
     pub fn polluters<'a>(
         &'a self,
         victim: usize,
         claim: &Claim,
     ) -> impl Iterator<Item = &'a Polluter> {
-        let ratio = claim.uses.map_or(0.0, |uses| uses / claim.entitlement);
-        let priority = claim.priority;
-        let mut worst: Option<(Priority, f64)> = None;
-        self.polluters
-            .iter()
-            .take_while(move |polluter| polluter.priority <= priority)
-            .filter(move |polluter| {
-                polluter.index != victim && polluter.ratio > MORE_THAN_VICTIM * ratio
-            })
-            .filter(move |polluter| match worst {
-                Some((priority, excess)) if priority == polluter.priority => {
-                    polluter.excess >= OF_WORST * excess
-                }
-                _ => {
-                    worst = Some((polluter.priority, polluter.excess));
-                    true
-                }
-            })
+        let mut guilty = among(&self.polluters, victim, claim).peekable();
+        let nobody = guilty.peek().is_none();
+        let below = claim.priority;
+        let suspects = among(&self.suspects, victim, claim)
+            .take_while(move |suspect| nobody && suspect.priority < below);
+        guilty.chain(suspects)
     }
 
     /// Whether anybody of a lower priority runs: then raising a victim takes from them.
     pub fn anybody_below(&self, priority: Priority) -> bool {
         self.lowest_running.is_some_and(|lowest| lowest < priority)
     }
+}
+
+/// Sorts, lowest priority first, and keeps the worst [`LOOKED_AT`].
+fn worst_first(polluters: &mut Vec<Polluter>) {
+    let order = |a: &Polluter, b: &Polluter| {
+        let worst_first = b.excess.total_cmp(&a.excess);
+        a.priority.cmp(&b.priority).then(worst_first).then(a.index.cmp(&b.index))
+    };
+    if polluters.len() > LOOKED_AT {
+        polluters.select_nth_unstable_by(LOOKED_AT, order);
+        polluters.truncate(LOOKED_AT);
+    }
+    polluters.sort_unstable_by(order);
+}
+
+/// Those of a sorted list who use more of their entitlement than the victim, nobody of a
+/// higher priority, and of each priority none that is small fry beside its worst.
+fn among<'a>(
+    list: &'a [Polluter],
+    victim: usize,
+    claim: &Claim,
+) -> impl Iterator<Item = &'a Polluter> {
+    let ratio = claim.uses.map_or(0.0, |uses| uses / claim.entitlement);
+    let priority = claim.priority;
+    let mut worst: Option<(Priority, f64)> = None;
+    list.iter()
+        .take_while(move |polluter| polluter.priority <= priority)
+        .filter(move |polluter| {
+            polluter.index != victim && polluter.ratio > MORE_THAN_VICTIM * ratio
+        })
+        .filter(move |polluter| match worst {
+            Some((priority, excess)) if priority == polluter.priority => {
+                polluter.excess >= OF_WORST * excess
+            }
+            _ => {
+                worst = Some((polluter.priority, polluter.excess));
+                true
+            }
+        })
 }
 
 #[cfg(test)]
@@ -226,6 +256,26 @@ mod tests {
         let blame = Blame::new(4, &claims);
         assert_eq!(names(&blame, 0, &claims), [3, 2]);
         assert!(blame.anybody_below(Priority::Normal) && !blame.anybody_below(Priority::Low));
+    }
+
+    /// Two spinners and a victim pinned to one of four CPUs: nobody exceeds a third of four.
+    #[test]
+    fn where_nobody_exceeds_a_share_of_the_node_lower_priorities_are_suspected() {
+        let with = |uses, priority| Claim { priority, ..claim(Some(uses)) };
+        let claims = [
+            with(0.2, Priority::High),
+            with(0.4, Priority::Low),
+            with(0.41, Priority::Low),
+            with(0.05, Priority::Low),
+            with(0.4, Priority::High),
+        ];
+        let blame = Blame::new(4, &claims);
+        assert_eq!(names(&blame, 0, &claims), [2, 1], "not who uses little, nor an equal");
+        assert_eq!(names(&blame, 1, &claims), [], "nobody is below the lowest");
+        let mut claims = claims;
+        claims[1].uses = Some(2.0);
+        let blame = Blame::new(4, &claims);
+        assert_eq!(names(&blame, 0, &claims), [1], "with a polluter there are no suspects");
     }
 
     #[test]
