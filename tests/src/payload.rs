@@ -11,6 +11,33 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+/// The victim is promised what it cannot have beside a spinning neighbour on one CPU, and the
+/// neighbour is entitled to less than it uses.
+pub const CONTENDED: &str = r#"
+[cpu]
+cooldown = "1s"
+
+[[rules]]
+vms = ["web-*"]
+class = "web"
+
+[[rules]]
+vms = ["batch-*"]
+class = "batch"
+
+[classes.web]
+priority = "high"
+
+[classes.web.slo]
+threshold = "100us"
+min_samples = 5
+
+[classes.batch]
+priority = "low"
+cpu_weight = 20
+slo = "off"
+"#;
+
 /// Checks run so far. `cargo xtask test` reads what they print.
 #[derive(Debug, Default)]
 pub struct Checks {

@@ -3,7 +3,7 @@
 //! kernel for what came of it.
 
 use anyhow::{Context, Result, bail, ensure};
-use formtune_tests::payload::{Agent, Checks, eventually};
+use formtune_tests::payload::{Agent, CONTENDED, Checks, eventually};
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,35 +18,8 @@ const DISKS: &str = "/var/lib/libvirt/images";
 const STATE: &str = "/var/lib/formtune-test";
 const AGENT: &str = "/run/payload/formtune";
 
-/// The victim is promised what it cannot have beside a spinning neighbour on one CPU, and the
-/// neighbour is entitled to less than it uses.
-const POLICY: &str = r#"
-[cpu]
-cooldown = "1s"
-
-[[rules]]
-vms = ["web-*"]
-class = "web"
-
-[[rules]]
-vms = ["batch-*"]
-class = "batch"
-
-[classes.web]
-priority = "high"
-
-[classes.web.slo]
-threshold = "100us"
-min_samples = 5
-
-[classes.batch]
-priority = "low"
-cpu_weight = 20
-slo = "off"
-"#;
-
 fn settings(mode: &str) -> String {
-    format!("[mode]\ncpu_weight = \"{mode}\"\n{POLICY}")
+    format!("[mode]\ncpu_weight = \"{mode}\"\n{CONTENDED}")
 }
 
 fn main() -> ExitCode {

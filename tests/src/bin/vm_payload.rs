@@ -9,7 +9,7 @@ use formtune_agent::vm::Vm;
 use formtune_core::plan::{Knob, OutcomeResult, Reason, Setpoint};
 use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId, Weight};
-use formtune_tests::payload::{Agent, Checks, eventually};
+use formtune_tests::payload::{Agent, CONTENDED, Checks, eventually};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::Signal;
 use nix::time::{ClockId, clock_gettime};
@@ -33,33 +33,6 @@ const IDLE: &str = "machine/qemu-3-idle.libvirt-qemu/vcpu0";
 const VMS: [&str; 3] = ["batch-1", "idle", "web-1"];
 /// No VM at all.
 const OUTSIDE: &str = "system.slice/cron.service";
-
-/// The victim is promised what it cannot have beside a spinning neighbour on one CPU, and the
-/// neighbour is entitled to less than it uses.
-const POLICY: &str = r#"libvirt = "off"
-[cpu]
-cooldown = "1s"
-
-[[rules]]
-vms = ["web-*"]
-class = "web"
-
-[[rules]]
-vms = ["batch-*"]
-class = "batch"
-
-[classes.web]
-priority = "high"
-
-[classes.web.slo]
-threshold = "100us"
-min_samples = 5
-
-[classes.batch]
-priority = "low"
-cpu_weight = 20
-slo = "off"
-"#;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
@@ -294,11 +267,10 @@ fn acts() -> Result<String> {
 }
 
 fn start(mode: &str) -> Result<Agent> {
-    let (top, tables) = POLICY.split_once('\n').expect("the policy has several lines");
     Agent::start(
         Path::new(AGENT),
         Path::new(STATE),
-        &format!("{top}\n[mode]\ncpu_weight = \"{mode}\"\n{tables}"),
+        &format!("libvirt = \"off\"\n[mode]\ncpu_weight = \"{mode}\"\n{CONTENDED}"),
     )
 }
 
