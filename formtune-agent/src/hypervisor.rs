@@ -144,6 +144,15 @@ impl Hypervisor {
     pub fn connect(_uri: &str) -> Result<Self, HypervisorError> {
         Err(HypervisorError::NotBuilt)
     }
+    /// # Errors
+    /// Always [`HypervisorError::NotBuilt`].
+    pub fn attach(_uri: &str) -> Result<(Self, Option<HypervisorError>), HypervisorError> {
+        Err(HypervisorError::NotBuilt)
+    }
+    /// Never called: there is no connection.
+    pub fn is_connected(&self) -> bool {
+        match self.0 {}
+    }
     /// Never called: there is no connection.
     pub fn uri(&self) -> &str {
         match self.0 {}

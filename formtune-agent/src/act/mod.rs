@@ -222,11 +222,6 @@ impl Act {
         self.journal.as_ref().err().map(String::as_str)
     }
 
-    /// Replaces the connection, e.g. when libvirt came up after the agent.
-    pub fn set_hypervisor(&mut self, hypervisor: Option<Hypervisor>) {
-        self.hypervisor = hypervisor;
-    }
-
     /// The knob as it stands, on the v2 scale: one read of one file, whoever owns the VM.
     ///
     /// # Errors

@@ -348,16 +348,17 @@ impl Agent {
     }
 }
 
-/// libvirt, if it is wanted and there; without it, cgroups alone say which VMs there are.
+/// libvirt, if it is wanted. Until it is there, cgroups alone say which VMs there are.
 fn connect(config: &Config) -> Option<Hypervisor> {
     let uri = config.libvirt_uri.as_deref()?;
-    match Hypervisor::connect(uri) {
-        Ok(hypervisor) => Some(hypervisor),
-        Err(error) => {
-            tracing::warn!("{error}; finding VMs by their cgroups only");
-            None
-        }
-    }
+    let (hypervisor, error) = match Hypervisor::attach(uri) {
+        Ok((hypervisor, None)) => return Some(hypervisor),
+        Ok((hypervisor, Some(error))) => (Some(hypervisor), error),
+        Err(error) => (None, error),
+    };
+    let until = if hypervisor.is_some() { "until it answers" } else { "only" };
+    tracing::warn!("{error}; finding VMs by their cgroups {until}");
+    hypervisor
 }
 
 /// `CLOCK_MONOTONIC`, the clock of the probe's time stamps.

@@ -6,13 +6,12 @@ use crate::export::snapshot::{
     AgentState, Attainment, CgroupLayout, LibvirtState, Node, OwnCost, ProbeState, RunqCounts,
     Snapshot, VmState,
 };
-use crate::hypervisor::{DomainEvent, Hypervisor};
+use crate::hypervisor::Hypervisor;
 use crate::sense::VmReading;
 use formtune_core::plan::Decision;
 use formtune_core::sample::HostSample;
 use formtune_core::units::{ClassName, Nanos, Weight};
 use std::path::PathBuf;
-use std::sync::mpsc::Receiver;
 
 /// What does not change, or only by counting.
 #[derive(Debug)]
@@ -23,7 +22,7 @@ pub(super) struct Facts {
     pub config_path: Option<PathBuf>,
     pub started_at: Nanos,
     pub libvirt: LibvirtState,
-    libvirt_events: Option<Receiver<DomainEvent>>,
+    hypervisor: Option<Hypervisor>,
     /// Why `enforce` is held back.
     pub barred: Option<String>,
     /// Ticks that came later than one tick after their time.
@@ -45,11 +44,15 @@ impl Facts {
         let of = |field: Option<&std::ffi::OsStr>| {
             field.map_or(String::new(), |text| text.to_string_lossy().into_owned())
         };
-        let libvirt = match (&config.libvirt_uri, hypervisor.is_some()) {
+        let libvirt = match (&config.libvirt_uri, hypervisor) {
             (None, _) => LibvirtState::NotUsed,
-            (Some(uri), true) => LibvirtState::Connected { uri: uri.clone() },
-            (Some(uri), false) => {
-                LibvirtState::Unreachable { uri: uri.clone(), why: "not reached at start".into() }
+            (Some(uri), Some(libvirt)) if libvirt.is_connected() => {
+                LibvirtState::Connected { uri: uri.clone() }
+            }
+            (Some(uri), libvirt) => {
+                let again = if libvirt.is_some() { "; trying again" } else { "" };
+                let why = format!("not reached at start{again}");
+                LibvirtState::Unreachable { uri: uri.clone(), why }
             }
         };
         Self {
@@ -59,7 +62,7 @@ impl Facts {
             config_path,
             started_at: super::monotonic(),
             libvirt,
-            libvirt_events: hypervisor.map(Hypervisor::subscribe),
+            hypervisor: hypervisor.cloned(),
             barred,
             late: 0,
             took: None,
@@ -68,24 +71,19 @@ impl Facts {
         }
     }
 
-    /// Notes whether libvirt went away or came back since the last tick.
+    /// Notes whether libvirt went away or came (back) since the last tick.
     pub fn follow_libvirt(&mut self) {
-        let Some(events) = &self.libvirt_events else { return };
-        for event in events.try_iter() {
-            self.libvirt = match (&self.libvirt, event) {
-                (
-                    LibvirtState::Connected { uri } | LibvirtState::Unreachable { uri, .. },
-                    DomainEvent::Disconnected,
-                ) => LibvirtState::Unreachable {
-                    uri: uri.clone(),
-                    why: "it went away; trying to connect again".into(),
-                },
-                (
-                    LibvirtState::Connected { uri } | LibvirtState::Unreachable { uri, .. },
-                    DomainEvent::Reconnected,
-                ) => LibvirtState::Connected { uri: uri.clone() },
-                _ => continue,
-            };
+        let Some(hypervisor) = &self.hypervisor else { return };
+        let uri = || hypervisor.uri().to_owned();
+        match (&self.libvirt, hypervisor.is_connected()) {
+            (LibvirtState::Connected { .. }, false) => {
+                let why = "it went away; trying to connect again".into();
+                self.libvirt = LibvirtState::Unreachable { uri: uri(), why };
+            }
+            (LibvirtState::Unreachable { .. }, true) => {
+                self.libvirt = LibvirtState::Connected { uri: uri() };
+            }
+            _ => {}
         }
     }
 

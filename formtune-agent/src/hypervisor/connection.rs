@@ -40,6 +40,7 @@ struct Shared {
     subscribers: Arc<Mutex<Vec<Sender<DomainEvent>>>>,
     /// Somebody waited in vain: until the thread comes back, further calls fail at once.
     stuck: Arc<AtomicBool>,
+    connected: Arc<AtomicBool>,
 }
 
 impl Shared {
@@ -77,6 +78,20 @@ impl Hypervisor {
     /// # Errors
     /// [`HypervisorError::Connect`] with libvirt's words, [`HypervisorError::NoAnswer`].
     pub fn connect(uri: &str) -> Result<Self, HypervisorError> {
+        match Self::attach(uri)? {
+            (hypervisor, None) => Ok(hypervisor),
+            // Dropping the handle ends the attempts.
+            (_, Some(error)) => Err(error),
+        }
+    }
+
+    /// As [`Hypervisor::connect`], but a libvirt that is not there (yet) is no failure: the
+    /// second value says why, the handle goes on trying in the background, and subscribers
+    /// hear [`DomainEvent::Reconnected`] when it succeeds.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Connect`] where no attempt can be made at all.
+    pub fn attach(uri: &str) -> Result<(Self, Option<HypervisorError>), HypervisorError> {
         let failed = |why: String| HypervisorError::Connect { uri: uri.into(), why };
         sys::start_event_loop().map_err(failed)?;
         let (messages, inbox) = mpsc::channel();
@@ -93,21 +108,22 @@ impl Hypervisor {
             .name("libvirt-calls".into())
             .spawn(move || worker.run(&inbox, &opened))
             .map_err(|e| failed(format!("no thread: {e}")))?;
-        match first.recv_timeout(CONNECT_LIMIT) {
-            Ok(Ok(())) => {
-                let handle = Handle { uri: uri.to_owned(), messages, shared };
-                Ok(Self { handle: Arc::new(handle) })
-            }
-            Ok(Err(why)) => Err(failed(why)),
-            Err(_) => {
-                let _ = messages.send(Message::End);
-                Err(HypervisorError::NoAnswer {
-                    uri: uri.into(),
-                    call: "connect".into(),
-                    limit: CONNECT_LIMIT,
-                })
-            }
-        }
+        let handle = Handle { uri: uri.to_owned(), messages, shared };
+        let error = match first.recv_timeout(CONNECT_LIMIT) {
+            Ok(Ok(())) => None,
+            Ok(Err(why)) => Some(failed(why)),
+            Err(_) => Some(HypervisorError::NoAnswer {
+                uri: uri.into(),
+                call: "connect".into(),
+                limit: CONNECT_LIMIT,
+            }),
+        };
+        Ok((Self { handle: Arc::new(handle) }, error))
+    }
+
+    /// Whether there is a connection at this moment.
+    pub fn is_connected(&self) -> bool {
+        self.handle.shared.connected.load(Ordering::Acquire)
     }
 
     /// As configured.
@@ -275,16 +291,18 @@ struct Worker {
 
 impl Worker {
     fn run(mut self, inbox: &Receiver<Message>, opened: &Sender<Result<(), String>>) {
-        let mut connection = match self.open() {
-            Ok(connection) => Some(connection),
-            Err(error) => {
-                let _ = opened.send(Err(one_line(&error)));
-                return;
-            }
-        };
-        let _ = opened.send(Ok(()));
+        let mut connection = None;
+        match self.open() {
+            Ok(opened_now) => connection = Some(opened_now),
+            Err(error) => drop(opened.send(Err(one_line(&error)))),
+        }
+        if connection.is_some() {
+            let _ = opened.send(Ok(()));
+            // Whoever gave up waiting for it may have subscribed meanwhile.
+            self.shared.publish(&DomainEvent::Reconnected);
+        }
         let mut backoff = BACKOFF_MIN;
-        let mut retry_at = Instant::now();
+        let mut retry_at = Instant::now() + backoff;
         loop {
             let message = if connection.is_some() {
                 inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
@@ -300,6 +318,7 @@ impl Worker {
                             "libvirt went away; trying to connect again"
                         );
                         broken.close::<Callbacks>();
+                        self.shared.connected.store(false, Ordering::Release);
                         self.shared.publish(&DomainEvent::Disconnected);
                     }
                     backoff = BACKOFF_MIN;
@@ -309,7 +328,7 @@ impl Worker {
                 Err(RecvTimeoutError::Timeout) => {
                     if let Ok(opened) = self.open() {
                         connection = Some(opened);
-                        tracing::info!(uri = self.uri, "libvirt is back");
+                        tracing::info!(uri = self.uri, "libvirt answers");
                         self.shared.publish(&DomainEvent::Reconnected);
                     } else {
                         backoff = (backoff * 2).min(BACKOFF_MAX);
@@ -340,13 +359,15 @@ impl Worker {
 
     fn open(&mut self) -> Result<Watched, Error> {
         self.generation += 1;
-        Watched::open(
+        let watched = Watched::open(
             &self.uri,
             Callbacks {
                 shared: self.shared.clone(),
                 messages: self.messages.clone(),
                 generation: self.generation,
             },
-        )
+        )?;
+        self.shared.connected.store(true, Ordering::Release);
+        Ok(watched)
     }
 }
