@@ -16,8 +16,9 @@ pub const SCAN: Duration = Duration::from_secs(30);
 pub const SCAN_BLIND: Duration = Duration::from_millis(500);
 /// libvirt's events and the request to stop are looked for this often.
 const POLL_MS: u8 = 100;
-/// How often, one poll apart, libvirt is asked again for the domain of a new cgroup: the
-/// cgroup is there a little before the domain is reported as running.
+/// How often, one poll apart, libvirt is asked for its domains when something changed: a new
+/// cgroup is there a little before its domain is reported as running, and a libvirtd that was
+/// just started takes up its running domains in the background.
 const ASK_AGAIN: u8 = 5;
 
 /// What the thread found.
@@ -45,7 +46,7 @@ impl Discovery {
         let (sender, found) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let mut watcher =
-            Watcher { sender, stop: stop.clone(), hypervisor, ask: 0, changes: vec![] };
+            Watcher { sender, stop: stop.clone(), hypervisor, ask: ASK_AGAIN, changes: vec![] };
         // Subscribed before the first list, so that no start falls in between.
         let events = watcher.hypervisor.as_ref().map(Hypervisor::subscribe);
         watcher.ask_domains();
@@ -103,12 +104,16 @@ impl Watcher {
             if scanned.elapsed() >= interval {
                 tree.scan(&mut self.changes);
                 scanned = Instant::now();
+                // Events can be missed here as well.
+                self.ask = self.ask.max(1);
             }
             for event in events.iter().flat_map(Receiver::try_iter) {
                 match event {
-                    DomainEvent::Started { .. } | DomainEvent::Stopped { .. } => self.ask = 1,
+                    DomainEvent::Started { .. } | DomainEvent::Stopped { .. } => {
+                        self.ask = self.ask.max(1);
+                    }
                     DomainEvent::Reconnected => {
-                        self.ask = 1;
+                        self.ask = ASK_AGAIN;
                         tree.scan(&mut self.changes);
                     }
                     DomainEvent::Disconnected => {}
@@ -122,18 +127,29 @@ impl Watcher {
             }
             if self.ask > 0 {
                 self.ask -= 1;
-                self.ask_domains();
+                let answered = self.ask_domains();
+                // One that is gone says so when it is back; one that is slow is asked again.
+                if !answered && self.hypervisor.as_ref().is_some_and(Hypervisor::is_connected) {
+                    self.ask = self.ask.max(1);
+                }
             }
             self.pass_on();
         }
     }
 
-    fn ask_domains(&mut self) {
-        let Some(hypervisor) = &self.hypervisor else { return };
+    /// Whether there was an answer (where there is nobody to be asked, that is one).
+    fn ask_domains(&self) -> bool {
+        let Some(hypervisor) = &self.hypervisor else { return true };
         match hypervisor.domains() {
-            Ok(domains) => self.send(Found::Domains(domains)),
+            Ok(domains) => {
+                self.send(Found::Domains(domains));
+                true
+            }
             // Connection losses are logged where they happen; cgroups go on telling.
-            Err(error) => tracing::debug!("{error}"),
+            Err(error) => {
+                tracing::debug!("{error}");
+                false
+            }
         }
     }
 

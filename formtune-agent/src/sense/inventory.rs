@@ -17,11 +17,13 @@ use std::path::{Path, PathBuf};
 /// (src/util/vircgroup.c, src/util/virsystemd.c). Only directories that bear a machine name
 /// count here; other drivers (`lxc`) and other tools use the same places.
 const LIBVIRT: &[&str] = &[
-    "machine.slice/{name}",
-    "machine.slice/*.slice/{name}",
+    "*.slice/{name}",
+    "*.slice/*.slice/{name}",
     "machine/{name}",
     "machine/*.partition/{name}",
     "machine/*.partition/*.partition/{name}",
+    "*.partition/{name}",
+    "*.partition/*.partition/{name}",
 ];
 
 /// A cgroup at which a VM competes with others.
@@ -377,11 +379,13 @@ mod tests {
         fake.make(r"machine.slice/machine-lxc\x2d2\x2dct.scope/libvirt");
         fake.make("machine/qemu-3-db.libvirt-qemu/vcpu0");
         fake.make("machine/gold.partition/qemu-4-gold.libvirt-qemu/iothread1");
+        fake.make("production.partition/qemu-5-shop.libvirt-qemu/vcpu0");
+        fake.make(r"production.slice/production-eu.slice/machine-qemu\x2d6\x2deu.scope/libvirt");
         fake.make("system.slice/libvirtd.service");
         fake.make("ft-demo/a");
         fake.make("pods/b/vm/x/y");
         let changes = fake.scan();
-        assert_eq!(names(&changes), ["+a", "+b", "+db", "+gold", "+web-1"]);
+        assert_eq!(names(&changes), ["+a", "+b", "+db", "+eu", "+gold", "+shop", "+web-1"]);
         let (group, ids) = changes
             .iter()
             .find_map(|change| match change {
