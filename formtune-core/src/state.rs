@@ -45,14 +45,20 @@ pub(crate) struct VmState {
     pub knob: KnobState,
     /// A change for its sake that is being judged.
     pub trial: Option<Box<Trial>>,
-    /// Until when nothing is done for its sake.
-    pub barred_until: Nanos,
+    /// Whose knob is not touched for its sake, and until when: that did not help before.
+    pub barred: Vec<(VmId, Nanos)>,
     /// For whose sake its weight is low.
     pub lowered_for: Vec<VmId>,
     pub backoff: Backoff,
 }
 
 impl VmState {
+    /// How much longer the knob of `other` is not touched for this VM's sake.
+    pub fn barred(&self, other: &VmId, now: Nanos) -> Option<Nanos> {
+        let (_, until) = self.barred.iter().find(|(id, until)| id == other && *until > now)?;
+        Some(until.since(now))
+    }
+
     fn new(id: VmId, at: Nanos) -> Self {
         Self {
             id,
@@ -65,7 +71,7 @@ impl VmState {
             blind_since: None,
             knob: KnobState::default(),
             trial: None,
-            barred_until: Nanos(0),
+            barred: Vec::new(),
             lowered_for: Vec::new(),
             backoff: Backoff::default(),
         }

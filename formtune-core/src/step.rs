@@ -98,10 +98,7 @@ fn estimate<'a>(state: &mut State, policy: &'a Policy, sample: &Sample) -> Vec<V
         let verdict = if let Some(interval) = runq {
             vm.blind_since = None;
             vm.window.push(at, interval, window, policy.tick);
-            slo.map_or(Verdict::NoSlo, |slo| {
-                let quantile = vm.window.quantile(slo.quantile);
-                Verdict::of(slo, vm.window.samples(), quantile)
-            })
+            slo.map_or(Verdict::NoSlo, |slo| Verdict::of(slo, &mut vm.window))
         } else {
             vm.blind_since.get_or_insert(at);
             vm.window.clear();

@@ -22,6 +22,9 @@ const VICTIMS_AT_ONCE: usize = 32;
 /// Most victims noted at one culprit. Should they all go, so does the reason to keep it low.
 const NOTED_VICTIMS: usize = 8;
 
+/// Most bars kept per victim; beyond, the oldest goes.
+const BARRED: usize = 4 * AT_ONCE;
+
 /// Usage is a rate over two readings about a second apart; until the first can be there,
 /// "nobody's usage is known" is no reason to hold everybody guilty.
 const USAGE_SETTLES: Nanos = Nanos::from_secs(3);
@@ -106,20 +109,18 @@ impl Cpu<'_, '_, '_> {
                     self.answer(index, Action::Hold, Reason::Helped { before, after });
                 }
                 Progress::Failed { before, after } => {
-                    let reverted = self.mark_reverts(index, &trial, before, after);
-                    if reverted {
-                        let until = Nanos(self.now.0 + self.cpu.bar.0);
-                        self.state.vms[index].barred_until = until;
-                    }
+                    self.mark_reverts(index, &trial, before, after);
                 }
             }
         }
     }
 
-    /// Marks the trial's changes that still stand, and that serve nobody else.
-    fn mark_reverts(&mut self, victim: usize, trial: &Trial, before: Nanos, after: Nanos) -> bool {
+    /// Marks the trial's changes that still stand, and that serve nobody else, to be taken
+    /// back, and bars their repetition.
+    fn mark_reverts(&mut self, victim: usize, trial: &Trial, before: Nanos, after: Nanos) {
+        let (now, until) = (self.now, Nanos(self.now.0 + self.cpu.bar.0));
         let victim_id = self.state.vms[victim].id.clone();
-        let mut any = false;
+        self.state.vms[victim].barred.retain(|(_, until)| *until > now);
         for (id, from) in &trial.changes {
             let Some(index) = self.state.find(id) else { continue };
             let vm = &mut self.state.vms[index];
@@ -129,10 +130,13 @@ impl Cpu<'_, '_, '_> {
             if stands && vm.lowered_for.is_empty() {
                 let revert = Revert { to: *from, victim: victim_id.clone(), before, after };
                 vm.knob.revert = Some(Box::new(revert));
-                any = true;
+                let barred = &mut self.state.vms[victim].barred;
+                if barred.len() >= BARRED {
+                    barred.remove(0);
+                }
+                barred.push((id.clone(), until));
             }
         }
-        any
     }
 
     /// Takes back what did not help, as soon as the knob may move.
@@ -222,9 +226,6 @@ impl Cpu<'_, '_, '_> {
                 left: trial.left(self.now, self.policy.tick, window, self.cpu),
             });
         }
-        if self.now < vm.barred_until {
-            return Some(Reason::Barred { left: vm.barred_until.since(self.now) });
-        }
         match vm.throttled.get() {
             Nanos(0) => {}
             throttled => return Some(Reason::Throttled { throttled }),
@@ -255,7 +256,11 @@ impl Cpu<'_, '_, '_> {
             || (blame.anybody_below(claim.priority)
                 && self.busy.is_none_or(|busy| busy >= self.cpu.relax_below_busy));
         if !to_blame {
-            return self.answer(victim, Action::Hold, Reason::NoCulprit { busy: self.busy });
+            let reason = match culprits.barred {
+                Some(left) => Reason::Barred { left },
+                None => Reason::NoCulprit { busy: self.busy },
+            };
+            return self.answer(victim, Action::Hold, reason);
         }
         let raise = self.raised(victim, severe);
         let mut changes = Vec::new();
@@ -292,7 +297,7 @@ impl Cpu<'_, '_, '_> {
         blame: &Blame,
         claim: &Claim,
     ) -> Culprits {
-        let mut found = Culprits { lower: Vec::new(), wait: None, any: false };
+        let mut found = Culprits { lower: Vec::new(), wait: None, barred: None, any: false };
         let mut group = None;
         for polluter in blame.polluters(victim, claim) {
             let moved = !found.lower.is_empty() || found.wait.is_some();
@@ -311,6 +316,12 @@ impl Cpu<'_, '_, '_> {
             if suffers && polluter.priority == claim.priority {
                 continue;
             }
+            let culprit = self.state.vms[polluter.index].id.clone();
+            if let Some(left) = self.state.vms[victim].barred(&culprit, self.now) {
+                found.barred = found.barred.max(Some(left));
+                continue;
+            }
+            let vm = &mut self.state.vms[polluter.index];
             found.any = true;
             match vm.knob.obstacle(self.now, self.cpu) {
                 None => {}
@@ -349,6 +360,10 @@ impl Cpu<'_, '_, '_> {
         let knob = &self.state.vms[victim].knob;
         if let Some(obstacle) = knob.obstacle(self.now, self.cpu) {
             return Err(obstacle);
+        }
+        let vm = &self.state.vms[victim];
+        if let Some(left) = vm.barred(&vm.id, self.now) {
+            return Err(Reason::Barred { left });
         }
         let bounds = self.views[victim].class.and_then(|class| knob.bounds(class));
         let (Some(bounds), Some(from)) = (bounds, knob.expected()) else {
@@ -501,6 +516,8 @@ struct Culprits {
     lower: Vec<(usize, Weight, Option<crate::plan::Usage>)>,
     /// Why those who could be lowered cannot be just now.
     wait: Option<Reason>,
+    /// Time left of the longest bar, where some were left out for one.
+    barred: Option<Nanos>,
     /// Whether anybody is to blame at all.
     any: bool,
 }

@@ -77,7 +77,11 @@ pub fn need(vm: &VmState, promised: bool, now: Nanos, busy: Option<f64>, cpu: &C
         };
     }
     if now.since(vm.known_at) > IDLE {
-        return Need::Gone;
+        // One that is only known while it suffers is not idle for long.
+        return match vm.backoff.left(now) {
+            Nanos(0) => Need::Gone,
+            left => Need::Still(RelaxHold::Relapse { left }),
+        };
     }
     if vm.trial.is_some() || !vm.history.confirmed_comfortable(cpu) {
         return Need::Still(RelaxHold::Slack);

@@ -1,6 +1,7 @@
 //! What a VM's last window says about its promise.
 
 use crate::estimate::rounded;
+use crate::estimate::window::Window;
 use crate::plan::{Breach, Quantile, Reason};
 use crate::policy::{CpuLoop, Slo};
 use crate::state::VmState;
@@ -20,7 +21,7 @@ pub enum Verdict {
         /// Waits needed.
         need: u32,
     },
-    /// Enough waits.
+    /// Enough waits to tell.
     Known {
         /// The quantile.
         measured: Nanos,
@@ -37,16 +38,22 @@ pub struct History {
 }
 
 impl Verdict {
-    /// Judges a quantile (`None`: too few of `have` waits) against a promise.
-    pub fn of(slo: &Slo, have: u64, quantile: Option<Nanos>) -> Self {
-        let need = slo.min_samples.max(1);
-        match quantile {
-            Some(measured) if have >= u64::from(need) => {
-                let target = (slo.threshold.0 as f64).max(1.0);
-                Self::Known { measured, slack: (target - measured.0 as f64) / target }
-            }
-            _ => Self::TooFew { have, need },
-        }
+    /// Judges a window against a promise.
+    ///
+    /// Too few waits are unknown, with one exception: if so many of them are late that the
+    /// promise were broken even had the missing ones not waited at all, it is broken. A VM
+    /// that is starved waits seldom and long.
+    pub fn of(slo: &Slo, window: &mut Window) -> Self {
+        let (have, need) = (window.samples(), slo.min_samples.max(1));
+        let broken = |measured: &Nanos| *measured > slo.threshold;
+        let measured = if have >= u64::from(need) {
+            window.quantile(slo.quantile)
+        } else {
+            window.quantile_among(slo.quantile, need.into()).filter(broken)
+        };
+        let Some(measured) = measured else { return Self::TooFew { have, need } };
+        let target = (slo.threshold.0 as f64).max(1.0);
+        Self::Known { measured, slack: (target - measured.0 as f64) / target }
     }
 
     /// Slack, where it is known.

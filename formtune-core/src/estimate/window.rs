@@ -74,11 +74,19 @@ impl Window {
     /// The quantile `q` (nearest rank): the **upper bound** of the bucket that holds it, so
     /// at most 6.25 % too high and never too low. `None` without waits.
     pub fn quantile(&mut self, q: f64) -> Option<Nanos> {
-        if self.total == 0 {
+        self.quantile_among(q, self.total)
+    }
+
+    /// The quantile if there were `total` waits, those that are missing having been none:
+    /// whatever they would have been, the true quantile is not lower. `None` if it would be
+    /// among the missing.
+    pub fn quantile_among(&mut self, q: f64, total: u64) -> Option<Nanos> {
+        let total = total.max(self.total);
+        let rank = (libm::ceil(q * total as f64) as u64).clamp(1, total.max(1));
+        let mut above = total.checked_sub(rank)? + 1;
+        if above > self.total {
             return None;
         }
-        let rank = (libm::ceil(q * self.total as f64) as u64).clamp(1, self.total);
-        let mut above = self.total - rank + 1;
         for tick in &mut self.ticks {
             tick.left = tick.len;
         }
@@ -156,6 +164,18 @@ mod tests {
         assert_eq!(window.quantile(0.99), bound(1_000_000));
         assert_eq!(window.quantile(0.991), bound(50_000_000));
         assert_eq!(window.quantile(f64::NAN), bound(1_000_000));
+    }
+
+    #[test]
+    fn missing_waits_count_as_none() {
+        let mut window = Window::default();
+        assert_eq!(window.quantile_among(0.99, 100), None);
+        window.push(Nanos(1), &interval(&[50_000_000]), WINDOW, TICK);
+        assert_eq!(window.quantile_among(0.99, 100), None, "one of a hundred may be late");
+        window.push(Nanos(2), &interval(&[50_000_000, 1_000]), WINDOW, TICK);
+        let late = Some(Nanos(upper_bound(bucket(50_000_000))));
+        assert_eq!(window.quantile_among(0.99, 100), late, "two may not");
+        assert_eq!(window.quantile_among(0.5, 2), window.quantile(0.5), "none is missing");
     }
 
     #[test]
