@@ -3,7 +3,7 @@
 //! The types are core's ([`formtune_core::trace`]): one header, then one sample per line,
 //! each a JSON object.
 
-use formtune_common::runq;
+use formtune_common::histogram;
 use formtune_core::trace::{Header, VERSION};
 use formtune_core::{Plan, Sample, State, step};
 use serde::Serialize;
@@ -182,10 +182,11 @@ fn check(sample: &Sample) -> Result<(), String> {
         let counts = vm.runq.iter().flat_map(|runq| &runq.counts);
         let mut last = None;
         for &(bucket, _) in counts {
-            if usize::from(bucket) >= runq::BUCKETS || last.is_some_and(|last| last >= bucket) {
+            if usize::from(bucket) >= histogram::BUCKETS || last.is_some_and(|last| last >= bucket)
+            {
                 return Err(format!(
                     "the waits of {id} are not in ascending buckets below {}",
-                    runq::BUCKETS
+                    histogram::BUCKETS
                 ));
             }
             last = Some(bucket);
@@ -249,8 +250,8 @@ mod tests {
             String::new(),
             "#!/bin/sh\n".into(),
             "{\"a\": 1}\n".into(),
-            good.replacen(":1,", ":7,", 1),
-            "{\"formtune_trace\":1}\n".into(),
+            good.replacen(":2,", ":7,", 1),
+            "{\"formtune_trace\":2}\n".into(),
             format!("{good}\nnonsense\n"),
             format!("{good}\n{a_sample}\n{}", &a_sample[..20]),
             format!("{good}\n{}\n", a_sample.replace("\"vms\":{}", "\"vms\":{\"a\":{\"class\":\"c\",\"vcpus\":1,\"runq\":{\"counts\":[[60000,1]],\"wait_ns\":1}}}")),

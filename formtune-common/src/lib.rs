@@ -5,4 +5,6 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod histogram;
 pub mod runq;
+pub mod table;

@@ -1,10 +1,10 @@
 //! Times decision steps for `cargo xtask bench step`. Prints `vms ours_ms floor_ms` for
 //! every round; `floor` is a plain walk over the same sample.
 
-use formtune_common::runq::bucket;
+use formtune_common::histogram::bucket;
 use formtune_core::plan::{Outcome, OutcomeResult};
 use formtune_core::plant::{Rng, Scenario};
-use formtune_core::sample::{HostSample, RunqInterval, Sample, VmSample};
+use formtune_core::sample::{HeldInterval, HostSample, RunqInterval, Sample, VmSample};
 use formtune_core::units::{Nanos, VmId, Weight};
 use formtune_core::{State, step};
 use std::hint::black_box;
@@ -87,10 +87,14 @@ fn sample(vms: usize, seed: u64) -> Sample {
             let wait = 2_000.0 * scale * (rng.between(0.0, 5.0)).exp();
             *counts.entry(bucket(wait as u64) as u16).or_insert(0) += 1 + rng.below(4) as u32;
         }
+        let holder = |of: usize| (VmId(format!("instance-{:08x}", of % vms)), 5_000_000);
+        let held =
+            HeldInterval { by_vm: [holder(n + 2), holder(n + 5)].into(), ..Default::default() };
         let vm = VmSample {
             class: ["service", "service", "batch"][n % 3].into(),
             vcpus: 2,
             runq: Some(RunqInterval { counts: counts.into_iter().collect(), wait_ns: 0 }),
+            held: Some(if n.is_multiple_of(20) { held } else { HeldInterval::default() }),
             cpu_usage_ns: None,
             throttled_ns: Some(0),
             cpu_weight: Some(Weight::DEFAULT),

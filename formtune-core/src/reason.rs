@@ -48,6 +48,10 @@ pub enum Reason {
         breach: Breach,
         /// CPUs used and entitled to; `None` where nobody's usage is known.
         usage: Option<Usage>,
+        /// Share of the victim's long waits for which it held the CPU, rounded to three
+        /// decimals; `None` where nobody knows.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        caused: Option<f64>,
     },
     /// Step back towards the original: the victim has slack and the node has room.
     Relaxing {
@@ -156,6 +160,16 @@ pub enum Reason {
     OverEntitlement {
         /// CPUs used and entitled to.
         usage: Usage,
+    },
+    /// The VM waits for itself: its own vCPUs held the CPU.
+    OwnVcpus {
+        /// Share of its long waits, rounded to three decimals.
+        share: f64,
+    },
+    /// Tasks of the host held the CPU, which no VM's weight changes.
+    HostTasks {
+        /// Share of its long waits, rounded to three decimals.
+        share: f64,
     },
     /// The agent has only just begun to look: nobody's CPU usage is known yet.
     UsageUnknown,
@@ -276,6 +290,19 @@ pub struct Culprit {
     pub vm: VmId,
     /// `None` where nobody's usage is known.
     pub usage: Option<Usage>,
+    /// Share of the victim's long waits for which it held the CPU, rounded to three
+    /// decimals; `None` where nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caused: Option<f64>,
+}
+
+/// A share as people read it.
+struct Percent(f64);
+
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.0} %", self.0 * 100.0)
+    }
 }
 
 impl fmt::Display for Breach {
@@ -339,17 +366,24 @@ impl fmt::Display for Reason {
                 for (i, culprit) in lowering.iter().enumerate() {
                     let glue = if i == 0 { "; lowering" } else { " and" };
                     write!(f, "{glue} {}", culprit.vm)?;
-                    if let Some(usage) = culprit.usage {
-                        write!(f, " ({usage})")?;
+                    match (culprit.caused, culprit.usage) {
+                        (Some(share), _) => {
+                            write!(f, " (held the CPU for {} of its waits)", Percent(share))?;
+                        }
+                        (None, Some(usage)) => write!(f, " ({usage})")?,
+                        (None, None) => {}
                     }
                 }
                 Ok(())
             }
-            Self::Polluter { victim, breach, usage } => {
+            Self::Polluter { victim, breach, usage, caused } => {
                 write!(f, "{victim} waits: {}; lowering this one", breach.in_windows())?;
-                match usage {
-                    Some(usage) => write!(f, " ({usage})"),
-                    None => f.write_str(" (nobody's CPU usage is known)"),
+                match (caused, usage) {
+                    (Some(share), _) => {
+                        write!(f, " (held the CPU for {} of those waits)", Percent(*share))
+                    }
+                    (None, Some(usage)) => write!(f, " ({usage})"),
+                    (None, None) => f.write_str(" (nobody's CPU usage is known)"),
                 }
             }
             Self::Relaxing { original, busy } => {
@@ -397,6 +431,13 @@ impl fmt::Display for Reason {
             }
             Self::OverEntitlement { usage } => {
                 write!(f, "asks for more than anybody else ({usage}): its wait is its own")
+            }
+            Self::OwnVcpus { share } => {
+                let share = Percent(*share);
+                write!(f, "waits for itself: its own vCPUs held the CPU for {share} of its waits")
+            }
+            Self::HostTasks { share } => {
+                write!(f, "tasks of the host held the CPU for {} of its waits", Percent(*share))
             }
             Self::UsageUnknown => {
                 f.write_str("waiting for the first readings of who uses how much CPU")

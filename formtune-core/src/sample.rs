@@ -47,6 +47,10 @@ pub struct VmSample {
     /// Waits of all threads of the VM that ended since the previous sample.
     /// `None`: not measured (yet); `Some` with no counts: measured, and nothing waited.
     pub runq: Option<RunqInterval>,
+    /// Who held the CPUs that this VM's long waits of the same interval were for. `None`: not
+    /// known; empty: there were no long waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<HeldInterval>,
     /// Cumulative CPU time of the whole VM, nanoseconds. May be refreshed less often than
     /// every sample.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -67,8 +71,46 @@ pub struct VmSample {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunqInterval {
     /// `(bucket, count)`, ascending by bucket, counts above zero. Bucket bounds are those
-    /// of `formtune_common::runq`.
+    /// of `formtune_common::histogram`.
     pub counts: Vec<(u16, u32)>,
     /// Sum of the waits, nanoseconds (measured, not derived from buckets).
     pub wait_ns: u64,
+}
+
+/// Time of one VM's long waits, by who had the CPU meanwhile.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldInterval {
+    /// VMs, the waiting one itself among them, nanoseconds above zero.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub by_vm: BTreeMap<VmId, u64>,
+    /// Tasks of the host, nanoseconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub by_host_ns: u64,
+    /// Nobody knows who, nanoseconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unknown_ns: u64,
+}
+
+impl HeldInterval {
+    /// All of it, nanoseconds.
+    pub fn total_ns(&self) -> u64 {
+        let vms = self.by_vm.values().fold(0_u64, |sum, ns| sum.saturating_add(*ns));
+        vms.saturating_add(self.by_host_ns).saturating_add(self.unknown_ns)
+    }
+
+    /// Adds another interval.
+    pub fn add(&mut self, other: &Self) {
+        for (vm, ns) in &other.by_vm {
+            match self.by_vm.get_mut(vm) {
+                Some(sum) => *sum = sum.saturating_add(*ns),
+                None => drop(self.by_vm.insert(vm.clone(), *ns)),
+            }
+        }
+        self.by_host_ns = self.by_host_ns.saturating_add(other.by_host_ns);
+        self.unknown_ns = self.unknown_ns.saturating_add(other.unknown_ns);
+    }
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }

@@ -5,6 +5,7 @@ use crate::decide::relax::Backoff;
 use crate::decide::verdict::History;
 use crate::decide::verify::Trial;
 use crate::estimate::counter::{Growth, Rate};
+use crate::estimate::holders::Holders;
 use crate::estimate::window::Window;
 use crate::sample::{Sample, VmSample};
 use crate::units::{Nanos, VmId};
@@ -34,6 +35,7 @@ pub(crate) struct VmState {
     pub window: Window,
     pub usage: Rate,
     pub throttled: Growth,
+    pub holders: Holders,
     pub history: History,
     /// The last known values of the indicator, newest last, as many as are averaged over
     /// before an action is taken.
@@ -65,6 +67,7 @@ impl VmState {
             window: Window::default(),
             usage: Rate::default(),
             throttled: Growth::default(),
+            holders: Holders::default(),
             history: History::default(),
             recent: [Nanos(0); 3],
             known_at: at,

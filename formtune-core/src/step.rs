@@ -98,10 +98,12 @@ fn estimate<'a>(state: &mut State, policy: &'a Policy, sample: &Sample) -> Vec<V
         let verdict = if let Some(interval) = runq {
             vm.blind_since = None;
             vm.window.push(at, interval, window, policy.tick);
+            vm.holders.push(at, reading.held.as_ref(), window, policy.tick);
             slo.map_or(Verdict::NoSlo, |slo| Verdict::of(slo, &mut vm.window))
         } else {
             vm.blind_since.get_or_insert(at);
             vm.window.clear();
+            vm.holders.clear();
             vm.history.clear();
             vm.trial = None;
             // Blindness is not calm: what is not seen does not count as idle either.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 /// Counts up when a reader of the old format could misread the new one. Added optional
 /// fields do not count.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// First line of a trace.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -97,7 +97,7 @@ fn contention_is_met_and_given_back() {
     let lowered = run.plans.iter().flat_map(|p| &p.decisions).find(|d| d.action == Action::Lower);
     let sentence = lowered.unwrap().reason.to_string();
     assert!(sentence.starts_with("web waits: run-queue p99 "), "{sentence}");
-    assert!(sentence.contains("lowering this one (uses "), "{sentence}");
+    assert!(sentence.contains("lowering this one (held the CPU for "), "{sentence}");
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! What holds for every sample, however strange.
 
-use formtune_common::runq::{BUCKETS, bucket, upper_bound};
+use formtune_common::histogram::{BUCKETS, bucket, upper_bound};
 use formtune_core::plan::{Knob, Outcome, OutcomeResult, Plan, Reason};
 use formtune_core::plant::{Rng, Scenario, run};
 use formtune_core::policy::{Mode, Policy};
-use formtune_core::sample::{HostSample, RunqInterval, Sample, VmSample};
+use formtune_core::sample::{HeldInterval, HostSample, RunqInterval, Sample, VmSample};
 use formtune_core::trace::{Header, HostFacts};
 use formtune_core::units::{ClassName, Nanos, VmId, Weight};
 use formtune_core::{State, replay, step};
@@ -36,16 +36,29 @@ fn any_vm() -> impl Strategy<Value = VmSample> {
     let counter = || option::of(any::<u64>());
     (class(), any::<u32>(), option::of(any_interval()), counter(), counter(), option::of(weight()))
         .prop_flat_map(|(class, vcpus, runq, cpu_usage_ns, throttled_ns, cpu_weight)| {
-            option::of(weight()).prop_map(move |cpu_weight_original| VmSample {
-                class: class.clone(),
-                vcpus,
-                runq: runq.clone(),
-                cpu_usage_ns,
-                throttled_ns,
-                cpu_weight,
-                cpu_weight_original,
-            })
+            (option::of(weight()), option::of(any_held())).prop_map(
+                move |(cpu_weight_original, held)| VmSample {
+                    class: class.clone(),
+                    vcpus,
+                    runq: runq.clone(),
+                    held,
+                    cpu_usage_ns,
+                    throttled_ns,
+                    cpu_weight,
+                    cpu_weight_original,
+                },
+            )
         })
+}
+
+/// Holders that exist, that do not, and times that overflow when added.
+fn any_held() -> impl Strategy<Value = HeldInterval> {
+    let by_vm = proptest::collection::btree_map("[a-f]".prop_map(VmId), any::<u64>(), 0..4);
+    (by_vm, any::<u64>(), any::<u64>()).prop_map(|(by_vm, by_host_ns, unknown_ns)| HeldInterval {
+        by_vm,
+        by_host_ns,
+        unknown_ns,
+    })
 }
 
 fn name() -> impl Strategy<Value = VmId> {
@@ -133,6 +146,7 @@ fn live(policy: &Policy, ticks: &[Tick]) -> Vec<(Sample, Plan)> {
             });
             let vm = VmSample {
                 class: classes[n].into(),
+                held: None,
                 vcpus: 2,
                 runq,
                 cpu_usage_ns: Some(used[n]),
@@ -325,6 +339,7 @@ proptest! {
         let runq = RunqInterval { counts: counts.into_iter().collect(), wait_ns: 0 };
         let vm = VmSample {
             class: "service".into(),
+            held: None,
             vcpus: 1,
             runq: Some(runq),
             cpu_usage_ns: None,
@@ -380,6 +395,7 @@ fn nobody_is_lowered_before_usage_can_be_known() {
     let waits = |ns: u64| RunqInterval { counts: vec![(bucket(ns) as u16, 500)], wait_ns: ns };
     let vm = |ns| VmSample {
         class: "service".into(),
+        held: None,
         vcpus: 1,
         runq: Some(waits(ns)),
         cpu_usage_ns: None,

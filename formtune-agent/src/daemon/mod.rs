@@ -248,6 +248,7 @@ impl Agent {
                 class: seen.class.clone(),
                 vcpus: vm.vcpus,
                 runq: read.runq,
+                held: read.held,
                 cpu_usage_ns: read.cpu_usage_ns,
                 throttled_ns: read.throttled_ns,
                 cpu_weight,

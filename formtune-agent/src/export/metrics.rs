@@ -4,7 +4,7 @@
 //! scrape, and a value that is not known is absent rather than zero.
 
 use super::snapshot::{LE_BOUNDS, LibvirtState, Node, RunqCounts, Snapshot, VmState};
-use super::snapshot::{action_name, le_bound_ns, mode_name};
+use super::snapshot::{action_name, le_bound_seconds, mode_name};
 use formtune_core::plan::Action;
 use formtune_core::units::Weight;
 use prometheus_client::collector::Collector;
@@ -341,7 +341,7 @@ impl EncodeMetric for PreAggregated<'_> {
     fn encode(&self, mut encoder: prometheus_client::encoding::MetricEncoder) -> fmt::Result {
         let mut buckets = [(f64::INFINITY, self.0.buckets[LE_BOUNDS]); LE_BOUNDS + 1];
         for (i, bucket) in buckets.iter_mut().take(LE_BOUNDS).enumerate() {
-            *bucket = (le_bound_ns(i) as f64 / 1e9, self.0.buckets[i]);
+            *bucket = (le_bound_seconds(i), self.0.buckets[i]);
         }
         let sum = self.0.wait_ns as f64 / 1e9;
         encoder.encode_histogram::<NoLabelSet>(sum, self.0.count(), &buckets, None)

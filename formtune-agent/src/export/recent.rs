@@ -4,7 +4,7 @@
 //! does not look like two different nodes. Idle VMs cost nothing.
 
 use super::snapshot::RecentRunq;
-use formtune_common::runq;
+use formtune_common::histogram;
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::{Nanos, VmId};
 use std::collections::{BTreeMap, VecDeque};
@@ -99,7 +99,7 @@ fn quantile(counts: &[(u16, u32)], samples: u64, q: f64) -> Option<Nanos> {
     let mut seen = 0;
     counts.iter().find_map(|&(bucket, count)| {
         seen += u64::from(count);
-        (seen >= rank).then(|| Nanos(runq::upper_bound(u32::from(bucket))))
+        (seen >= rank).then(|| Nanos(histogram::upper_bound(u32::from(bucket))))
     })
 }
 
@@ -110,7 +110,7 @@ mod tests {
     fn interval(waits: &[u64]) -> RunqInterval {
         let mut counts = Vec::new();
         for &ns in waits {
-            merge(&mut counts, &[(runq::bucket(ns) as u16, 1)]);
+            merge(&mut counts, &[(histogram::bucket(ns) as u16, 1)]);
         }
         RunqInterval { counts, wait_ns: waits.iter().sum() }
     }

@@ -5,7 +5,7 @@
 //! decides nothing. Its JSON form is the interface of `/v1/*`: fields are only added.
 
 use crate::vm::{CgroupVersion, Owner, Vm};
-use formtune_common::runq;
+use formtune_common::histogram;
 use formtune_core::plan::{Action, Decision, Evidence, OutcomeResult, Reason};
 use formtune_core::policy::{Mode, Modes, Slo};
 use formtune_core::units::{ClassName, Nanos, VmId, Weight};
@@ -290,7 +290,7 @@ impl Attainment {
 }
 
 /// Percentiles of the waits that ended in the last seconds, each the upper bound of its
-/// bucket (at most 6.25 % above the true value).
+/// bucket (at most 4.43 % above the true value).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecentRunq {
     /// Time looked back on.
@@ -311,13 +311,15 @@ pub struct RecentRunq {
 
 /// Number of finite bounds of the exported histogram.
 pub const LE_BOUNDS: usize = 24;
-/// Exponent of the first bound: 2^10 ns, about 1 µs. The last one is 2^33 ns, about 8.6 s.
-const FIRST_LE_EXP: u32 = 10;
+/// Exponent of the first bound: 2^-20 s, about 1 µs. The last one is 2^3 s.
+const FIRST_LE_EXP: i32 = -20;
+/// Buckets of the kernel's histogram per power of two.
+const PER_OCTAVE: i32 = 1 << histogram::SCHEMA;
 
-/// The `i`th bound of the exported histogram, nanoseconds, inclusive. Bounds are powers of
-/// two less one, hence bounds of the kernel's buckets, hence the counts below them exact.
-pub const fn le_bound_ns(i: usize) -> u64 {
-    (1 << (FIRST_LE_EXP + i as u32)) - 1
+/// The `i`th bound of the exported histogram, seconds, inclusive. Powers of two are bounds of
+/// the kernel's buckets, so the counts below them are exact.
+pub fn le_bound_seconds(i: usize) -> f64 {
+    f64::exp2(f64::from(FIRST_LE_EXP) + i as f64)
 }
 
 /// The waits of a VM since it was first seen, summed up to the exported bounds.
@@ -335,10 +337,11 @@ impl RunqCounts {
         let mut buckets = [0; LE_BOUNDS + 1];
         for (bucket, &count) in dense.iter().enumerate() {
             if count > 0 {
-                let lower = runq::lower_bound(bucket as u32);
-                // 64 - leading zeros is the exponent of the next power of two above it.
-                let exp = (64 - lower.leading_zeros()).max(FIRST_LE_EXP);
-                buckets[((exp - FIRST_LE_EXP) as usize).min(LE_BOUNDS)] += count;
+                let sixteenth = histogram::native_index(bucket as u32).unwrap_or(i32::MIN / 2);
+                let exp = sixteenth.div_euclid(PER_OCTAVE)
+                    + i32::from(sixteenth.rem_euclid(PER_OCTAVE) > 0);
+                let at = (exp - FIRST_LE_EXP).max(0) as usize;
+                buckets[at.min(LE_BOUNDS)] += count;
             }
         }
         Self { buckets, wait_ns }
@@ -433,9 +436,10 @@ mod tests {
     #[test]
     fn every_kernel_bucket_lies_on_one_side_of_every_exported_bound() {
         for i in 0..LE_BOUNDS {
-            let le = le_bound_ns(i);
-            for bucket in 0..runq::BUCKETS as u32 {
-                let (lower, upper) = (runq::lower_bound(bucket), runq::upper_bound(bucket));
+            let le = (le_bound_seconds(i) * 1e9) as u64;
+            for bucket in 0..histogram::BUCKETS as u32 {
+                let (lower, upper) =
+                    (histogram::lower_bound(bucket), histogram::upper_bound(bucket));
                 assert!(upper <= le || lower > le, "bucket {bucket} straddles {le}");
             }
         }
@@ -443,11 +447,12 @@ mod tests {
 
     #[test]
     fn counts_go_to_the_exported_bucket_that_holds_them() {
-        for ns in [0, 1, 15, 1023, 1024, 1025, 99_999, 1 << 32, (1 << 33) - 1, 1 << 33, u64::MAX] {
-            let mut dense = vec![0; runq::BUCKETS];
-            dense[runq::bucket(ns) as usize] = 3;
+        for ns in [0, 1, 15, 953, 954, 1907, 99_999, 1_000_000_000, 1_000_000_001, u64::MAX] {
+            let mut dense = vec![0; histogram::BUCKETS];
+            dense[histogram::bucket(ns) as usize] = 3;
             let counts = RunqCounts::from_dense(&dense, 0);
-            let expected = (0..LE_BOUNDS).find(|&i| ns <= le_bound_ns(i)).unwrap_or(LE_BOUNDS);
+            let within = |i: &usize| ns as f64 / 1e9 <= le_bound_seconds(*i);
+            let expected = (0..LE_BOUNDS).find(within).unwrap_or(LE_BOUNDS);
             assert_eq!(counts.buckets[expected], 3, "{ns} ns");
             assert_eq!(counts.count(), 3);
         }

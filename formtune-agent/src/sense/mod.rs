@@ -26,9 +26,12 @@ use crate::hypervisor::{Domain, Hypervisor};
 use crate::vm::{Owner, Vm};
 use cgroup::{CgroupError, Hierarchies};
 use discover::{Discovery, Found};
-use formtune_core::sample::{HostSample, RunqInterval};
+use formtune_common::runq::{HOST, slot_of};
+use formtune_core::sample::{HeldInterval, HostSample, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
 use inventory::{Change, Group, Tree};
+use probes::Kernel;
+use runq::HeldBy;
 use slots::Slots;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -72,6 +75,8 @@ pub struct Reading {
 pub struct VmReading {
     /// Waits since the reading before; `None` if it is not measured.
     pub runq: Option<RunqInterval>,
+    /// Who held the CPUs during the long ones of them.
+    pub held: Option<HeldInterval>,
     /// Cumulative CPU time, nanoseconds; renewed at most once per second.
     pub cpu_usage_ns: Option<u64>,
     /// Cumulative time throttled by its own quota, nanoseconds; renewed likewise.
@@ -124,7 +129,9 @@ impl Sense {
         }
         let hierarchies = Hierarchies::find(&config.cgroup_root)?;
         raise_limits();
-        let (slots, runq) = Slots::open(hierarchies.version, config.max_vms);
+        let kernel = Kernel::open();
+        let (slots, runq) = Slots::open(kernel.as_ref(), hierarchies.version, config.max_vms);
+        drop(kernel);
         let has_hypervisor = hypervisor.is_some();
         let tree = Tree::new(&hierarchies.cpu, &config.patterns);
         let discovery = Discovery::start(tree, hypervisor).map_err(SenseError::Thread)?;
@@ -160,7 +167,9 @@ impl Sense {
     /// Never waits for libvirt.
     pub fn sample(&mut self, now: Nanos) -> Reading {
         let (mut appeared, mut gone) = (Vec::new(), Vec::new());
-        self.slots.recycle(now);
+        for slot in self.slots.recycle(now) {
+            self.tracked.values_mut().for_each(|tracked| tracked.slot.forget_holder(slot));
+        }
         for found in self.discovery.take().collect::<Vec<_>>() {
             match found {
                 Found::Domains(domains) => self.domains = domains,
@@ -305,20 +314,30 @@ impl Sense {
     /// Reads all counters; the second is why they cannot be relied on, if so.
     fn read(&mut self, now: Nanos) -> (BTreeMap<VmId, VmReading>, Option<String>) {
         let mut vms = BTreeMap::new();
+        let mut held_by = Vec::new();
         let (mut counted, mut discarded) = (0, 0);
         for (path, tracked) in &mut self.tracked {
             let before = (tracked.totals.count, tracked.totals.discarded);
-            let runq = self.slots.read(&mut tracked.slot, &mut tracked.totals);
+            let mut held = HeldBy::default();
+            let runq = self.slots.read(&mut tracked.slot, &mut tracked.totals, &mut held);
             let ran = tracked.totals.count - before.0;
             counted += ran;
             discarded += tracked.totals.discarded - before.1;
             let Some(vm) = &tracked.vm else { continue };
             let ran = ran > 0 || runq.is_none();
             let usage = tracked.usage.usage(&self.hierarchies, path, now, ran);
-            let reading =
-                VmReading { runq, cpu_usage_ns: usage.cpu_ns, throttled_ns: usage.throttled_ns };
+            if held != HeldBy::default() {
+                held_by.push((vm.id.clone(), held));
+            }
+            let reading = VmReading {
+                held: runq.is_some().then(HeldInterval::default),
+                runq,
+                cpu_usage_ns: usage.cpu_ns,
+                throttled_ns: usage.throttled_ns,
+            };
             vms.insert(vm.id.clone(), reading);
         }
+        self.name_holders(held_by, &mut vms);
         self.health.counted += counted;
         self.health.discarded += discarded;
         let share = discarded as f64 / (counted + discarded).max(1) as f64;
@@ -328,6 +347,29 @@ impl Sense {
             })
         });
         (vms, blind)
+    }
+
+    /// Says whose the slots are that the probe names.
+    fn name_holders(&self, held_by: Vec<(VmId, HeldBy)>, vms: &mut BTreeMap<VmId, VmReading>) {
+        if held_by.is_empty() {
+            return;
+        }
+        let slots: BTreeMap<u32, &VmId> = self
+            .tracked
+            .values()
+            .filter_map(|tracked| Some((tracked.slot.number()?, &tracked.vm.as_ref()?.id)))
+            .collect();
+        for (id, HeldBy { by, unknown_ns }) in held_by {
+            let Some(VmReading { held: Some(held), .. }) = vms.get_mut(&id) else { continue };
+            held.unknown_ns = unknown_ns;
+            for (holder, ns) in by {
+                match slot_of(holder).and_then(|slot| slots.get(&slot)) {
+                    Some(vm) => *held.by_vm.entry((*vm).clone()).or_default() += ns,
+                    None if holder == HOST => held.by_host_ns += ns,
+                    None => held.unknown_ns += ns,
+                }
+            }
+        }
     }
 
     fn update_health(&mut self) {

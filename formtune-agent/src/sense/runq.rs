@@ -3,7 +3,8 @@
 //! The probe's map is mapped into the agent, so reading takes no system call, and a row
 //! whose count did not change is skipped: an idle VM costs one load per CPU.
 
-use formtune_common::runq::{BUCKETS, Row};
+use formtune_common::histogram::BUCKETS;
+use formtune_common::runq::{HOLDERS, Held, NOBODY, Row, vm};
 use formtune_core::sample::RunqInterval;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use std::ffi::c_void;
@@ -27,7 +28,7 @@ pub struct RunqTotals {
 }
 
 impl RunqTotals {
-    /// Waits per bucket; bounds are those of `formtune_common::runq`.
+    /// Waits per bucket; bounds are those of `formtune_common::histogram`.
     pub fn buckets(&self) -> &[u64; BUCKETS] {
         static NONE: [u64; BUCKETS] = [0; BUCKETS];
         self.buckets.as_deref().unwrap_or(&NONE)
@@ -113,8 +114,28 @@ struct LastRow {
     count: u32,
     discarded: u32,
     wait_ns: u64,
+    unblamed_ns: u64,
+    held: [Held; HOLDERS],
     /// Allocated when the VM first runs on that CPU.
     buckets: Option<Box<[u32; BUCKETS]>>,
+}
+
+/// Who held the CPUs during one VM's long waits, as the probe names them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeldBy {
+    /// Holder and nanoseconds.
+    pub by: Vec<(u32, u64)>,
+    /// Nobody knows who, nanoseconds.
+    pub unknown_ns: u64,
+}
+
+impl HeldBy {
+    fn add(&mut self, holder: u32, ns: u64) {
+        match self.by.iter_mut().find(|(known, _)| *known == holder) {
+            Some((_, sum)) => *sum += ns,
+            None => self.by.push((holder, ns)),
+        }
+    }
 }
 
 /// Room for one VM's interval, kept between readings.
@@ -133,8 +154,14 @@ impl RunqReader {
         Self { rows, last }
     }
 
-    /// What was counted since the last reading, also added to `totals`.
-    pub fn read(&mut self, totals: &mut RunqTotals, scratch: &mut Scratch) -> RunqInterval {
+    /// What was counted since the last reading, also added to `totals`; who held the CPUs is
+    /// added to `held`.
+    pub fn read(
+        &mut self,
+        totals: &mut RunqTotals,
+        held: &mut HeldBy,
+        scratch: &mut Scratch,
+    ) -> RunqInterval {
         let mut interval = RunqInterval::default();
         let (mut first, mut end) = (BUCKETS, 0);
         for cpu in 0..self.last.len() {
@@ -165,6 +192,22 @@ impl RunqReader {
             interval.wait_ns += waited;
             totals.wait_ns += waited;
             last.wait_ns = wait_ns;
+            // SAFETY: as above.
+            let unblamed_ns = unsafe { (&raw const (*row).unblamed_ns).read_volatile() };
+            held.unknown_ns += unblamed_ns.wrapping_sub(last.unblamed_ns);
+            last.unblamed_ns = unblamed_ns;
+            for (at, last) in last.held.iter_mut().enumerate() {
+                // SAFETY: as above; the holder of an entry is written before its time.
+                let now = unsafe { (&raw const (*row).held[at]).read_volatile() };
+                if now.holder == NOBODY {
+                    continue;
+                }
+                let before = if last.holder == now.holder { last.ns } else { 0 };
+                if now.ns != before {
+                    held.add(now.holder, now.ns.wrapping_sub(before));
+                }
+                *last = now;
+            }
             let old = last.buckets.get_or_insert_with(|| Box::new([0; BUCKETS]));
             for (at, old) in old.iter_mut().enumerate() {
                 // SAFETY: `at` is less than BUCKETS.
@@ -190,6 +233,24 @@ impl RunqReader {
         interval
     }
 
+    /// Frees the entries of a holder whose slot is about to be somebody else's. The probe no
+    /// longer writes them.
+    pub fn forget_holder(&mut self, slot: u32) {
+        for (cpu, last) in self.last.iter_mut().enumerate() {
+            let row = self.rows.row(cpu).cast_mut();
+            for (at, last) in last.held.iter_mut().enumerate() {
+                // SAFETY: a row of the mapping; see above for who else writes it.
+                unsafe {
+                    let held = &raw mut (*row).held[at];
+                    if (&raw const (*held).holder).read_volatile() == vm(slot) {
+                        held.write_volatile(Held::default());
+                        *last = Held::default();
+                    }
+                }
+            }
+        }
+    }
+
     /// Gives the rows back, to be zeroed and used again.
     pub fn into_rows(self) -> SlotRows {
         self.rows
@@ -199,7 +260,8 @@ impl RunqReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use formtune_common::runq::bucket;
+    use formtune_common::histogram::bucket;
+    use formtune_common::runq::HOST;
     use proptest::prelude::*;
     use std::os::fd::AsFd;
 
@@ -234,11 +296,11 @@ mod tests {
         let mut reader = RunqReader::new(rows);
         let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
         // Not a reading that can be: rows start from zero.
-        reader.read(&mut RunqTotals::default(), &mut scratch);
+        reader.read(&mut RunqTotals::default(), &mut HeldBy::default(), &mut scratch);
         for _ in 0..4 {
             count(&reader.rows, 1, 3_000);
         }
-        let interval = reader.read(&mut totals, &mut scratch);
+        let interval = reader.read(&mut totals, &mut HeldBy::default(), &mut scratch);
         assert_eq!(interval.counts, [(bucket(3_000) as u16, 4)]);
         assert_eq!(interval.wait_ns, 12_000);
         assert_eq!((totals.count, totals.wait_ns), (4, 12_000));
@@ -253,10 +315,12 @@ mod tests {
         count(&theirs, 0, 2);
         ours.zero();
         let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
-        let interval = RunqReader::new(ours).read(&mut totals, &mut scratch);
+        let interval =
+            RunqReader::new(ours).read(&mut totals, &mut HeldBy::default(), &mut scratch);
         assert_eq!((interval, totals.count), (RunqInterval::default(), 0));
-        let interval = RunqReader::new(theirs).read(&mut totals, &mut scratch);
-        assert_eq!(interval.counts, [(2, 1)]);
+        let interval =
+            RunqReader::new(theirs).read(&mut totals, &mut HeldBy::default(), &mut scratch);
+        assert_eq!(interval.counts, [(bucket(2) as u16, 1)]);
     }
 
     #[test]
@@ -265,8 +329,37 @@ mod tests {
         // SAFETY: as above.
         unsafe { (*rows.row(0).cast_mut()).discarded = 3 };
         let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
-        let interval = RunqReader::new(rows).read(&mut totals, &mut scratch);
+        let interval =
+            RunqReader::new(rows).read(&mut totals, &mut HeldBy::default(), &mut scratch);
         assert_eq!((interval, totals.discarded), (RunqInterval::default(), 3));
+    }
+
+    #[test]
+    fn holders_are_told_apart_and_forgotten() {
+        let (_file, rows) = rows(1, 0);
+        let mut reader = RunqReader::new(rows);
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        let charge = |reader: &RunqReader, cpu: usize, at: usize, holder, ns| {
+            // SAFETY: as above.
+            let row = unsafe { &mut *reader.rows.row(cpu).cast_mut() };
+            row.held[at] = Held { holder, padding: 0, ns };
+            count(&reader.rows, cpu, 200_000);
+        };
+        let mut read = |reader: &mut RunqReader| {
+            let mut held = HeldBy::default();
+            reader.read(&mut totals, &mut held, &mut scratch);
+            held.by
+        };
+        charge(&reader, 0, 0, HOST, 10);
+        charge(&reader, 0, 1, vm(7), 100);
+        charge(&reader, 2, 0, vm(7), 1_000);
+        assert_eq!(read(&mut reader), [(HOST, 10), (vm(7), 1_100)]);
+        charge(&reader, 0, 1, vm(7), 130);
+        assert_eq!(read(&mut reader), [(vm(7), 30)]);
+        reader.forget_holder(7);
+        charge(&reader, 0, 1, vm(8), 5);
+        charge(&reader, 0, 0, HOST, 11);
+        assert_eq!(read(&mut reader), [(HOST, 1), (vm(8), 5)]);
     }
 
     proptest! {
@@ -289,10 +382,10 @@ mod tests {
                 count(&reader.rows, cpu, wait);
                 expected[bucket(wait) as usize] += 1;
                 if read {
-                    add(reader.read(&mut totals, &mut scratch));
+                    add(reader.read(&mut totals, &mut HeldBy::default(), &mut scratch));
                 }
             }
-            add(reader.read(&mut totals, &mut scratch));
+            add(reader.read(&mut totals, &mut HeldBy::default(), &mut scratch));
             prop_assert_eq!(&sum, &expected);
             prop_assert_eq!(&totals.buckets()[..], &expected[..]);
             prop_assert_eq!(wait_ns, waits.iter().map(|w| w.1).sum::<u64>());

@@ -1,11 +1,11 @@
 //! Slots: which VM the probe counts into which rows.
 
 use super::health::ProbeState;
-use super::probes::{self, ProbeError, Probes, Sizes};
-use super::runq::{RunqReader, RunqTotals, Scratch, SlotRows};
+use super::probes::{self, Kernel, ProbeError, RunqProbe, Sizes};
+use super::runq::{HeldBy, RunqReader, RunqTotals, Scratch, SlotRows};
 use super::table::Table;
 use crate::vm::CgroupVersion;
-use formtune_common::runq::Row;
+use formtune_common::runq::{Control, Row};
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::Nanos;
 use std::collections::{BTreeSet, VecDeque};
@@ -15,12 +15,17 @@ const ROWS_MAX_BYTES: u64 = 128 << 20;
 /// cgroups to make room for per VM: scope, `libvirt`, `emulator`, vCPUs, I/O threads.
 const CGROUPS_PER_VM: u32 = 16;
 /// A freed slot rests this long: a switch under way when its cgroups were taken out of the
-/// table may still count (microseconds), and must not count for another VM.
-const REST: Nanos = Nanos::from_millis(10);
+/// table may still count (microseconds), and must not count for another VM; and a wait that
+/// began while the VM held the CPU may still be charged to it.
+const REST: Nanos = Nanos::from_secs(1);
+/// Waits at least this long are somebody's fault. Well above what any wake-up takes, well
+/// below what anybody is promised; at 10,000 such waits per second and CPU, blaming somebody
+/// for each takes some tenths of a per cent of the CPU.
+pub const BLAME: Nanos = Nanos::from_micros(100);
 
 /// All slots, and the probe, if it could be loaded.
 pub struct Slots {
-    probes: Option<Probes>,
+    probe: Option<RunqProbe>,
     sizes: Sizes,
     table: Table,
     free: BTreeSet<u32>,
@@ -39,6 +44,18 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Its number, if it has rows.
+    pub fn number(&self) -> Option<u32> {
+        self.reader.as_ref().map(|(number, _)| *number)
+    }
+
+    /// Forgets who a holder was: its slot is about to be somebody else's.
+    pub fn forget_holder(&mut self, slot: u32) {
+        if let Some((_, reader)) = &mut self.reader {
+            reader.forget_holder(slot);
+        }
+    }
+
     /// Whether it has rows.
     pub fn is_measured(&self) -> bool {
         self.reader.is_some()
@@ -57,15 +74,19 @@ impl Slot {
 
 impl Slots {
     /// Loads the probe for up to `max_vms` VMs. Without it, everything else still works.
-    pub fn open(version: CgroupVersion, max_vms: u32) -> (Self, ProbeState) {
+    pub fn open(
+        kernel: Result<&Kernel, &ProbeError>,
+        version: CgroupVersion,
+        max_vms: u32,
+    ) -> (Self, ProbeState) {
         let sizes = sizes(max_vms, possible_cpus());
-        let (probes, state) = match Probes::load(version, sizes) {
-            Ok(probes) => (Some(probes), ProbeState::Loaded),
-            Err(error) => (None, unavailable(&error)),
+        let (probe, state) = match load(kernel, version, sizes) {
+            Ok(probe) => (Some(probe), ProbeState::Loaded),
+            Err(state) => (None, state),
         };
         let slots = Self {
-            free: if probes.is_some() { (0..sizes.slots).collect() } else { BTreeSet::new() },
-            probes,
+            free: if probe.is_some() { (0..sizes.slots).collect() } else { BTreeSet::new() },
+            probe,
             sizes,
             table: Table::new(sizes.table),
             resting: VecDeque::new(),
@@ -76,7 +97,7 @@ impl Slots {
 
     /// VMs that can be measured at once.
     pub fn total(&self) -> u32 {
-        if self.probes.is_some() { self.sizes.slots } else { 0 }
+        if self.probe.is_some() { self.sizes.slots } else { 0 }
     }
 
     /// Slots that VMs hold.
@@ -86,7 +107,7 @@ impl Slots {
 
     /// Kernel memory of the maps.
     pub fn map_bytes(&self) -> u64 {
-        if self.probes.is_some() { self.sizes.bytes() } else { 0 }
+        if self.probe.is_some() { self.sizes.bytes() } else { 0 }
     }
 
     /// cgroups the probe looks for, and those of them in the hash map.
@@ -109,10 +130,10 @@ impl Slots {
         if slot.is_measured() && slot.counted.len() == slot.ids.len() {
             return;
         }
-        let Some(probes) = &mut self.probes else { return };
+        let Some(probe) = &mut self.probe else { return };
         if slot.reader.is_none() {
             let Some(number) = self.free.first().copied() else { return };
-            match probes.map_slot(number) {
+            match probe.map_slot(number) {
                 Ok(rows) => slot.reader = Some((number, RunqReader::new(rows))),
                 Err(error) => {
                     tracing::warn!("failed to map slot {number} of map ROWS: {error}");
@@ -124,7 +145,7 @@ impl Slots {
         let Some((number, _)) = slot.reader else { return };
         for &id in &slot.ids {
             if !slot.counted.contains(&id) {
-                match self.table.insert(probes, id, number) {
+                match self.table.insert(&mut probe.cgroups, id, number) {
                     Ok(()) => slot.counted.insert(id),
                     Err(error) => {
                         tracing::debug!("cgroup {id} is not counted: {error}");
@@ -135,10 +156,16 @@ impl Slots {
         }
     }
 
-    /// Waits since the last reading; `None` without a slot.
-    pub fn read(&mut self, slot: &mut Slot, totals: &mut RunqTotals) -> Option<RunqInterval> {
+    /// Waits since the last reading; `None` without a slot. Who held the CPUs during the long
+    /// ones is added to `held`.
+    pub fn read(
+        &mut self,
+        slot: &mut Slot,
+        totals: &mut RunqTotals,
+        held: &mut HeldBy,
+    ) -> Option<RunqInterval> {
         let (_, reader) = slot.reader.as_mut()?;
-        Some(reader.read(totals, &mut self.scratch))
+        Some(reader.read(totals, held, &mut self.scratch))
     }
 
     /// Takes a VM's cgroups out of the table; its slot rests.
@@ -151,29 +178,29 @@ impl Slots {
         }
     }
 
-    /// Zeroes the slots that have rested, for others to use.
-    pub fn recycle(&mut self, now: Nanos) {
-        while let Some((since, ..)) = self.resting.front() {
-            if now.since(*since) < REST {
-                return;
-            }
-            if let Some((_, number, mut rows)) = self.resting.pop_front() {
-                rows.zero();
-                self.free.insert(number);
-            }
+    /// Zeroes the slots that have rested, for others to use, and returns their numbers.
+    pub fn recycle(&mut self, now: Nanos) -> Vec<u32> {
+        let mut freed = Vec::new();
+        while let Some((_, number, mut rows)) =
+            self.resting.pop_front_if(|(since, ..)| now.since(*since) >= REST)
+        {
+            rows.zero();
+            self.free.insert(number);
+            freed.push(number);
         }
+        freed
     }
 
     /// Passes on what the probes logged (debug builds only).
     pub fn flush_log(&mut self) {
-        if let Some(probes) = &mut self.probes {
-            probes.flush_log();
+        if let Some(probe) = &mut self.probe {
+            probe.flush_log();
         }
     }
 
     fn forget(&mut self, id: u64) {
-        if let Some(probes) = &mut self.probes
-            && let Err(error) = self.table.remove(probes, id)
+        if let Some(probe) = &mut self.probe
+            && let Err(error) = self.table.remove(&mut probe.cgroups, id)
         {
             tracing::warn!("cgroup {id} may be counted on: {error}");
         }
@@ -208,10 +235,21 @@ fn greatest(list: &str) -> Option<u32> {
 /// `doctor` need not guess.
 pub fn trial(version: CgroupVersion) -> ProbeState {
     let sizes = Sizes { slots: 1, cpus: possible_cpus(), table: 64, spill: 64 };
-    match Probes::load(version, sizes) {
+    let kernel = Kernel::open();
+    match load(kernel.as_ref(), version, sizes) {
         Ok(_) => ProbeState::Loaded,
-        Err(error) => unavailable(&error),
+        Err(state) => state,
     }
+}
+
+fn load(
+    kernel: Result<&Kernel, &ProbeError>,
+    version: CgroupVersion,
+    sizes: Sizes,
+) -> Result<RunqProbe, ProbeState> {
+    let kernel = kernel.map_err(unavailable)?;
+    let control = Control { blame_ns: BLAME.0, ..Control::default() };
+    RunqProbe::load(kernel, version, sizes, control).map_err(|error| unavailable(&error))
 }
 
 fn unavailable(error: &ProbeError) -> ProbeState {

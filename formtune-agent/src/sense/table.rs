@@ -4,7 +4,7 @@
 //! the place, the others go to the hash map `SPILL`, and the place is marked so that the
 //! probe looks there too.
 
-use formtune_common::runq::TableEntry;
+use formtune_common::table::TableEntry;
 use std::collections::HashMap;
 
 /// The maps behind a [`Table`].

@@ -3,7 +3,7 @@
 use formtune_agent::export::snapshot::*;
 use formtune_agent::export::{DecisionLog, Listen, Server, ServerHandle, SnapshotRequest, source};
 use formtune_agent::vm::{CgroupVersion, Owner, Vm};
-use formtune_common::runq;
+use formtune_common::histogram;
 use formtune_core::plan::*;
 use formtune_core::policy::{Indicator, Mode, Modes, Slo};
 use formtune_core::reason::{Breach, Culprit, Quantile, Usage};
@@ -82,10 +82,10 @@ fn vm(name: &str, class: &str) -> VmState {
 }
 
 fn dense(waits: &[(u64, u64)]) -> RunqCounts {
-    let mut buckets = vec![0; runq::BUCKETS];
+    let mut buckets = vec![0; histogram::BUCKETS];
     let mut wait_ns = 0;
     for &(ns, count) in waits {
-        buckets[runq::bucket(ns) as usize] += count;
+        buckets[histogram::bucket(ns) as usize] += count;
         wait_ns += ns * count;
     }
     RunqCounts::from_dense(&buckets, wait_ns)
@@ -186,7 +186,7 @@ fn victim_decision() -> Decision {
         reason: Reason::Victim {
             breach: breach(),
             to: Some(weight(150)),
-            lowering: vec![Culprit { vm: VmId::from("hog-1"), usage: Some(usage()) }],
+            lowering: vec![Culprit { vm: VmId::from("hog-1"), usage: Some(usage()), caused: None }],
         },
     }
 }
@@ -202,7 +202,12 @@ fn breach() -> Breach {
 }
 
 fn polluter() -> Reason {
-    Reason::Polluter { victim: VmId::from("web-1"), breach: breach(), usage: Some(usage()) }
+    Reason::Polluter {
+        victim: VmId::from("web-1"),
+        breach: breach(),
+        usage: Some(usage()),
+        caused: None,
+    }
 }
 
 fn too_few() -> Reason {

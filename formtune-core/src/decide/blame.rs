@@ -1,4 +1,8 @@
-//! Who uses more than their entitlement gives, and by how much.
+//! Who makes a VM wait.
+//!
+//! Where the probe knows who held the CPU during a VM's long waits, that is the answer:
+//! whoever held it for a notable share, of a lower priority, or of the same one and using
+//! more than its entitlement. Where it does not, CPU used beyond the entitlement has to do.
 //!
 //! A VM's entitlement is its share, by weight, of the node among the VMs that run at all.
 //! Blame goes by CPU used beyond it: only the polluter pays (Alita, SC 2020), the lowest
@@ -13,7 +17,10 @@
 use crate::estimate::rounded;
 use crate::plan::Usage;
 use crate::policy::Priority;
+use crate::sample::HeldInterval;
+use crate::units::VmId;
 use alloc::vec::Vec;
+use core::cmp::Ordering;
 
 /// A VM that uses less than this many CPUs does not run, and claims nothing of the node.
 const RUNS: f64 = 0.01;
@@ -29,6 +36,13 @@ const MORE_THAN_VICTIM: f64 = 1.1;
 /// Of the polluters, those who exceed their entitlement by at least this share of what the
 /// worst one does. The small fry would lose their share and hardly give the victim any.
 const OF_WORST: f64 = 0.25;
+
+/// Least share of a victim's long waits that makes whoever held the CPU a culprit.
+const CAUSED: f64 = 0.05;
+
+/// From this share on, a victim's waits are the doing of whoever held the CPU alone: its own
+/// vCPUs, or the host's tasks.
+pub const MOST: f64 = 0.5;
 
 /// Most VMs lowered at once for one victim. The worst go first; should they not be enough,
 /// the next action takes the next.
@@ -57,6 +71,8 @@ pub struct Polluter {
     pub priority: Priority,
     /// `None` where nobody's usage is known.
     pub usage: Option<Usage>,
+    /// Share of the victim's long waits for which it held the CPU; `None` where nobody knows.
+    pub caused: Option<f64>,
     excess: f64,
     /// Use per weight of entitlement.
     ratio: f64,
@@ -118,9 +134,10 @@ impl Blame {
             let usage = Some(Usage { uses: rounded(uses), entitled: rounded(entitled) });
             let priority = claim.priority;
             if uses >= RUNS && excess > EXCESS * entitled {
-                polluters.push(Polluter { index, priority, usage, excess, ratio });
+                polluters.push(Polluter { index, priority, usage, caused: None, excess, ratio });
             } else if uses >= RUNS {
-                suspects.push(Polluter { index, priority, usage, excess: uses, ratio });
+                let excess = uses;
+                suspects.push(Polluter { index, priority, usage, caused: None, excess, ratio });
             }
         }
         // Nothing at all is known: everybody may be to blame, nobody more than another.
@@ -130,6 +147,7 @@ impl Blame {
                 index,
                 priority: claim.priority,
                 usage: None,
+                caused: None,
                 excess: 0.0,
                 ratio: f64::INFINITY,
             }));
@@ -166,6 +184,48 @@ impl Blame {
         guilty.chain(suspects)
     }
 
+    /// Those of `held` who may be lowered for a victim's sake, in the order of
+    /// [`Blame::polluters`]; `find` gives a VM's index.
+    pub fn holders(
+        &self,
+        victim: usize,
+        claims: &[Claim],
+        held: &HeldInterval,
+        find: impl Fn(&VmId) -> Option<usize>,
+    ) -> Vec<Polluter> {
+        let of_victim = &claims[victim];
+        let ratio = |claim: &Claim| claim.uses.map(|uses| uses / claim.entitlement);
+        let total = held.total_ns().max(1) as f64;
+        let mut found = Vec::new();
+        for (id, ns) in &held.by_vm {
+            let caused = *ns as f64 / total;
+            let Some(index) = find(id).filter(|index| *index != victim) else { continue };
+            let claim = &claims[index];
+            let entitled = claim.entitlement * self.cpus_per_weight;
+            // Among equals it is no guilt to use what one is entitled to.
+            let greedy = claim.uses.is_some_and(|uses| uses > entitled * (1.0 + EXCESS))
+                && ratio(claim) > ratio(of_victim).map(|ratio| ratio * MORE_THAN_VICTIM);
+            let guilty = match claim.priority.cmp(&of_victim.priority) {
+                Ordering::Less => true,
+                Ordering::Equal => greedy,
+                Ordering::Greater => false,
+            };
+            if guilty && caused >= CAUSED {
+                let usage = claim
+                    .uses
+                    .map(|uses| Usage { uses: rounded(uses), entitled: rounded(entitled) });
+                let (priority, caused) = (claim.priority, Some(rounded(caused)));
+                let polluter =
+                    Polluter { index, priority, usage, caused, excess: *ns as f64, ratio: 0.0 };
+                found.push(polluter);
+            }
+        }
+        worst_first(&mut found);
+        let mut worst = None;
+        found.retain(|polluter| notable(&mut worst, polluter));
+        found
+    }
+
     /// Whether anybody of a lower priority runs: then raising a victim takes from them.
     pub fn anybody_below(&self, priority: Priority) -> bool {
         self.lowest_running.is_some_and(|lowest| lowest < priority)
@@ -194,21 +254,26 @@ fn among<'a>(
 ) -> impl Iterator<Item = &'a Polluter> {
     let ratio = claim.uses.map_or(0.0, |uses| uses / claim.entitlement);
     let priority = claim.priority;
-    let mut worst: Option<(Priority, f64)> = None;
+    let mut worst = None;
     list.iter()
         .take_while(move |polluter| polluter.priority <= priority)
         .filter(move |polluter| {
             polluter.index != victim && polluter.ratio > MORE_THAN_VICTIM * ratio
         })
-        .filter(move |polluter| match worst {
-            Some((priority, excess)) if priority == polluter.priority => {
-                polluter.excess >= OF_WORST * excess
-            }
-            _ => {
-                worst = Some((polluter.priority, polluter.excess));
-                true
-            }
-        })
+        .filter(move |polluter| notable(&mut worst, polluter))
+}
+
+/// Whether somebody is no small fry beside the worst of the same priority, who comes first.
+fn notable(worst: &mut Option<(Priority, f64)>, polluter: &Polluter) -> bool {
+    match *worst {
+        Some((priority, excess)) if priority == polluter.priority => {
+            polluter.excess >= OF_WORST * excess
+        }
+        _ => {
+            *worst = Some((polluter.priority, polluter.excess));
+            true
+        }
+    }
 }
 
 #[cfg(test)]
@@ -276,6 +341,31 @@ mod tests {
         claims[1].uses = Some(2.0);
         let blame = Blame::new(4, &claims);
         assert_eq!(names(&blame, 0, &claims), [1], "with a polluter there are no suspects");
+    }
+
+    #[test]
+    fn whoever_held_the_cpu_is_to_blame_if_it_may_be_asked() {
+        let with = |uses, priority| Claim { priority, ..claim(uses) };
+        let claims = [
+            with(Some(0.2), Priority::Normal),
+            with(None, Priority::Low),
+            with(Some(0.1), Priority::Low),
+            with(Some(0.1), Priority::Normal),
+            with(Some(1.5), Priority::Normal),
+            with(Some(1.9), Priority::High),
+        ];
+        let blame = Blame::new(2, &claims);
+        let holders = |ns: [u64; 6]| {
+            let names = ["0", "1", "2", "3", "4", "5"];
+            let by_vm = names.iter().zip(ns).map(|(name, ns)| (VmId::from(*name), ns)).collect();
+            let held = HeldInterval { by_vm, by_host_ns: 100, unknown_ns: 0 };
+            let found = blame.holders(0, &claims, &held, |id| id.0.parse().ok());
+            found.iter().map(|p| p.index).collect::<Vec<_>>()
+        };
+        assert_eq!(holders([100, 100, 500, 500, 500, 500]), [2, 4], "small fry, modest equals");
+        assert_eq!(holders([0, 300, 500, 0, 0, 0]), [2, 1], "usage need not be known");
+        assert_eq!(holders([500, 0, 0, 0, 0, 500]), [], "itself, and its betters");
+        assert_eq!(holders([900, 0, 30, 0, 0, 0]), [], "a twentieth is the least");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The CPU loop: weights go up for those who wait and down for those who make them wait.
 
-use super::blame::{AT_ONCE, Blame, Claim};
+use super::blame::{AT_ONCE, Blame, Claim, MOST, Polluter};
 use super::knob::{Revert, step_size, worthwhile};
 use super::relax::{self, Need};
 use super::verdict::breach;
@@ -195,7 +195,7 @@ impl Cpu<'_, '_, '_> {
                 self.answer(index, Action::Hold, reason);
             } else if served < VICTIMS_AT_ONCE {
                 served += 1;
-                self.serve(index, slack, &blame, &claims[index]);
+                self.serve(index, slack, &blame, &claims);
             }
         }
     }
@@ -230,7 +230,15 @@ impl Cpu<'_, '_, '_> {
             Nanos(0) => {}
             throttled => return Some(Reason::Throttled { throttled }),
         }
-        if let Some(usage) = blame.own_fault(index, claim) {
+        let held = vm.holders.sum();
+        let own = held.as_ref().map(|held| {
+            let ns = held.by_vm.get(&vm.id).copied().unwrap_or_default();
+            rounded(ns as f64 / held.total_ns().max(1) as f64)
+        });
+        if let Some(share) = own.filter(|share| *share >= MOST) {
+            return Some(Reason::OwnVcpus { share });
+        }
+        if let Some(usage) = blame.own_fault(index, claim).filter(|_| own.is_none()) {
             return Some(Reason::OverEntitlement { usage });
         }
         let low = vm.knob.expected() < vm.knob.original();
@@ -239,37 +247,45 @@ impl Cpu<'_, '_, '_> {
     }
 
     /// Lowers culprits and raises the victim, as far as their knobs may move.
-    fn serve(&mut self, victim: usize, slack: f64, blame: &Blame, claim: &Claim) {
+    fn serve(&mut self, victim: usize, slack: f64, blame: &Blame, claims: &[Claim]) {
         let Some(slo) = self.views[victim].class.and_then(|class| class.slo.as_ref()) else {
             return;
         };
         let Some(measured) = self.views[victim].verdict.measured() else { return };
         let breach = breach(slo, measured, &self.state.vms[victim], self.cpu);
         let severe = slack < self.cpu.slack_severe;
-        let id = self.state.vms[victim].id.clone();
+        let (id, claim) = (self.state.vms[victim].id.clone(), &claims[victim]);
 
-        let culprits = self.culprits(victim, &id, severe, blame, claim);
+        let held = self.state.vms[victim].holders.sum();
+        let polluters: Vec<Polluter> = match &held {
+            Some(held) => blame.holders(victim, claims, held, |id| self.state.find(id)),
+            None => blame.polluters(victim, claim).copied().collect(),
+        };
+        let culprits = self.culprits(victim, &id, slack, &polluters, claim.priority);
         if let Some(wait) = culprits.wait {
             return self.answer(victim, Action::Hold, wait);
         }
         let to_blame = culprits.any
-            || (blame.anybody_below(claim.priority)
+            || (held.is_none()
+                && blame.anybody_below(claim.priority)
                 && self.busy.is_none_or(|busy| busy >= self.cpu.relax_below_busy));
         if !to_blame {
-            let reason = match culprits.barred {
-                Some(left) => Reason::Barred { left },
-                None => Reason::NoCulprit { busy: self.busy },
+            let host = held.map(|held| held.by_host_ns as f64 / held.total_ns().max(1) as f64);
+            let reason = match (culprits.barred, host) {
+                (Some(left), _) => Reason::Barred { left },
+                (None, Some(share)) if share >= MOST => Reason::HostTasks { share: rounded(share) },
+                (None, _) => Reason::NoCulprit { busy: self.busy },
             };
             return self.answer(victim, Action::Hold, reason);
         }
         let raise = self.raised(victim, severe);
         let mut changes = Vec::new();
         let mut lowering = Vec::new();
-        for (index, to, usage) in culprits.lower {
+        for (Polluter { index, usage, caused, .. }, to) in culprits.lower {
             let Some(from) = self.state.vms[index].knob.expected() else { continue };
             changes.push((self.state.vms[index].id.clone(), from));
-            lowering.push(Culprit { vm: self.state.vms[index].id.clone(), usage });
-            let reason = Reason::Polluter { victim: id.clone(), breach, usage };
+            lowering.push(Culprit { vm: self.state.vms[index].id.clone(), usage, caused });
+            let reason = Reason::Polluter { victim: id.clone(), breach, usage, caused };
             self.change(index, from, to, Some(id.clone()), Action::Lower, reason);
         }
         match raise {
@@ -293,31 +309,30 @@ impl Cpu<'_, '_, '_> {
         &mut self,
         victim: usize,
         id: &VmId,
-        severe: bool,
-        blame: &Blame,
-        claim: &Claim,
+        slack: f64,
+        polluters: &[Polluter],
+        priority: Priority,
     ) -> Culprits {
         let mut found = Culprits { lower: Vec::new(), wait: None, barred: None, any: false };
         let mut group = None;
-        for polluter in blame.polluters(victim, claim) {
+        for polluter in polluters {
             let moved = !found.lower.is_empty() || found.wait.is_some();
             if moved && group != Some(polluter.priority) || found.lower.len() >= AT_ONCE {
                 break;
             }
             group = Some(polluter.priority);
-            let vm = &mut self.state.vms[polluter.index];
+            let vm = &self.state.vms[polluter.index];
             let Some(class) = self.views[polluter.index].class else { continue };
             let (Some(bounds), Some(from)) = (vm.knob.bounds(class), vm.knob.expected()) else {
                 continue;
             };
             // Of equal rank and suffering itself: lowering one for the other goes in circles.
-            let slack = self.views[polluter.index].verdict.slack();
-            let suffers = slack.is_some_and(|slack| slack < self.cpu.slack_act);
-            if suffers && polluter.priority == claim.priority {
+            let its_slack = self.views[polluter.index].verdict.slack();
+            let suffers = its_slack.is_some_and(|slack| slack < self.cpu.slack_act);
+            if suffers && polluter.priority == priority {
                 continue;
             }
-            let culprit = self.state.vms[polluter.index].id.clone();
-            if let Some(left) = self.state.vms[victim].barred(&culprit, self.now) {
+            if let Some(left) = self.state.vms[victim].barred(&vm.id, self.now) {
                 found.barred = found.barred.max(Some(left));
                 continue;
             }
@@ -336,14 +351,17 @@ impl Cpu<'_, '_, '_> {
                 }
                 Some(_) => continue,
             }
-            let to = if severe {
+            // A weight takes nothing from those who are alone, and the probe or the trial tells
+            // who is not to blame: a lower priority gives way at once where a promise is broken.
+            let at_once = if polluter.priority < priority { 0.0 } else { self.cpu.slack_severe };
+            let to = if slack < at_once {
                 bounds.floor
             } else {
                 let step = step_size(from, from, 1.0 - self.cpu.lower_factor, self.cpu);
                 Weight::clamped(u64::from(from.get().saturating_sub(step))).max(bounds.floor)
             };
             if to < from && worthwhile(from, to, self.cpu) {
-                found.lower.push((polluter.index, to, polluter.usage));
+                found.lower.push((*polluter, to));
             } else if Some(from) < vm.knob.original() {
                 // Already as low as may be: keep it there for this victim too.
                 note(&mut vm.lowered_for, id);
@@ -512,8 +530,8 @@ impl Cpu<'_, '_, '_> {
 
 /// See [`Cpu::culprits`].
 struct Culprits {
-    /// Index, new weight, usage.
-    lower: Vec<(usize, Weight, Option<crate::plan::Usage>)>,
+    /// Who, and the new weight.
+    lower: Vec<(Polluter, Weight)>,
     /// Why those who could be lowered cannot be just now.
     wait: Option<Reason>,
     /// Time left of the longest bar, where some were left out for one.

@@ -2,6 +2,7 @@
 //! and what was not; knows nothing of promises or knobs.
 
 pub mod counter;
+pub mod holders;
 pub mod window;
 
 /// To three decimals, so that what is printed and recorded is the same on every machine.

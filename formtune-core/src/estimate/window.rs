@@ -7,7 +7,7 @@
 use crate::sample::RunqInterval;
 use crate::units::Nanos;
 use alloc::vec::Vec;
-use formtune_common::runq::{BUCKETS, upper_bound};
+use formtune_common::histogram::{BUCKETS, upper_bound};
 
 /// Waits of the last window.
 #[derive(Clone, Debug, Default)]
@@ -72,7 +72,7 @@ impl Window {
     }
 
     /// The quantile `q` (nearest rank): the **upper bound** of the bucket that holds it, so
-    /// at most 6.25 % too high and never too low. `None` without waits.
+    /// at most 4.43 % too high and never too low. `None` without waits.
     pub fn quantile(&mut self, q: f64) -> Option<Nanos> {
         self.quantile_among(q, self.total)
     }
@@ -127,7 +127,7 @@ fn sum(counts: &[(u16, u32)]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use formtune_common::runq::bucket;
+    use formtune_common::histogram::bucket;
 
     const TICK: Nanos = Nanos::from_millis(250);
     const WINDOW: Nanos = Nanos::from_secs(1);

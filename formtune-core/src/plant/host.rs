@@ -3,12 +3,12 @@
 use super::Rng;
 use crate::plan::{Outcome, OutcomeResult, Plan};
 use crate::policy::Mode;
-use crate::sample::{HostSample, RunqInterval, Sample, VmSample};
+use crate::sample::{HeldInterval, HostSample, RunqInterval, Sample, VmSample};
 use crate::units::{Nanos, VmId, Weight};
 use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::vec::Vec;
-use formtune_common::runq::bucket;
+use formtune_common::histogram::bucket;
 
 /// p99 of a wait on an idle node.
 const IDLE_P99_NS: f64 = 60e3;
@@ -16,6 +16,8 @@ const IDLE_P99_NS: f64 = 60e3;
 const CONTENDED_P99_NS: f64 = 4e6;
 /// How p99 falls with the ratio of weights; see the module.
 const WEIGHT_EXPONENT: f64 = -0.85;
+/// Waits from here on are somebody's fault, as for the probe.
+const LONG_NS: f64 = 100e3;
 /// Noise of a tick's waits, either way.
 const NOISE: f64 = 0.25;
 
@@ -81,6 +83,8 @@ pub struct Host {
     pub blind: Option<String>,
     /// Share of writes that the actuator refuses.
     pub refuse: f64,
+    /// Whether the probe knows who held the CPU during long waits.
+    pub knows_holders: bool,
     /// The clock.
     pub now: Nanos,
     rng: Rng,
@@ -98,6 +102,7 @@ impl Host {
             stubborn_p99: Nanos(0),
             blind: None,
             refuse: 0.0,
+            knows_holders: true,
             now: Nanos::from_secs(1_000),
             rng: Rng(seed),
             seq: 0,
@@ -114,6 +119,8 @@ impl Host {
         self.now = Nanos(self.now.0 + span.0);
         let shares = self.shares();
         let pressure = self.pressure();
+        let running: Vec<(VmId, f64)> =
+            self.vms.keys().cloned().zip(shares.iter().map(|(gets, _)| *gets)).collect();
         let mut vms = BTreeMap::new();
         for (index, (id, vm)) in self.vms.iter_mut().enumerate() {
             let (gets, rivals) = shares[index];
@@ -134,12 +141,16 @@ impl Host {
             p99 *= self.rng.between(1.0 - NOISE, 1.0 + NOISE);
             let waits = vm.load.wakeups * span.as_secs_f64();
             let runq = waits_of(&mut self.rng, waits, p99);
+            let long_ns = if p99 >= LONG_NS { runq.wait_ns } else { 0 };
+            let stubborn = self.stubborn_p99.0 as f64 / p99;
+            let held = self.knows_holders.then(|| held(&running, id, long_ns, stubborn));
             vms.insert(
                 id.clone(),
                 VmSample {
                     class: vm.class.clone(),
                     vcpus: vm.vcpus,
                     runq: Some(runq),
+                    held,
                     cpu_usage_ns: Some(vm.usage_ns),
                     throttled_ns: Some(vm.throttled_ns),
                     cpu_weight: Some(vm.weight),
@@ -221,6 +232,20 @@ impl Host {
         let demand: f64 = self.vms.values().map(SimVm::wants).sum();
         ((demand / f64::from(self.cpus) - 0.9) / 1.1).clamp(0.0, 3.0)
     }
+}
+
+/// Long waits, by who had the CPU: the host a share `stubborn`, the rest whoever ran, each as
+/// much as it ran.
+fn held(running: &[(VmId, f64)], waiting: &VmId, long_ns: u64, stubborn: f64) -> HeldInterval {
+    let by_host_ns = (long_ns as f64 * stubborn.clamp(0.0, 1.0)) as u64;
+    let others = || running.iter().filter(|(id, gets)| id != waiting && *gets > 0.0);
+    let all: f64 = others().map(|(_, gets)| gets).sum();
+    let of_vms = (long_ns - by_host_ns) as f64;
+    let by_vm: BTreeMap<VmId, u64> = others()
+        .map(|(id, gets)| (id.clone(), (of_vms * gets / all) as u64))
+        .filter(|(_, ns)| *ns > 0)
+        .collect();
+    HeldInterval { by_vm, by_host_ns, unknown_ns: 0 }
 }
 
 /// About `n` exponential waits with the given p99.

@@ -111,6 +111,7 @@ impl Scenario {
             }
             "freeze" => {
                 scenario.host.stubborn_p99 = Nanos::from_millis(20);
+                scenario.host.knows_holders = false;
                 let cpu = &mut scenario.policy.cpu;
                 (cpu.cooldown, cpu.bar) = (Nanos::from_secs(1), Nanos::from_secs(2));
                 scenario.length = Nanos::from_secs(24);
@@ -130,6 +131,7 @@ impl Scenario {
         let cpus = 1 << (1 + rng.below(4));
         let mut host = Host::new(cpus, rng.bits());
         host.refuse = if rng.below(4) == 0 { 0.1 } else { 0.0 };
+        host.knows_holders = !seed.is_multiple_of(4);
         let from = Nanos::from_millis(10_000 + rng.below(10_000));
         let to = Nanos(from.0 + Nanos::from_millis(25_000 + rng.below(20_000)).0);
         let mut scenario = Self {

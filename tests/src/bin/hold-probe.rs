@@ -4,7 +4,7 @@
 //! the VMs that the cgroup pattern names. Prints `ready` once it is attached.
 
 use anyhow::{Context, Result, bail};
-use formtune_agent::sense::probes::Floor;
+use formtune_agent::sense::probes::{Floor, Kernel};
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
 use formtune_core::units::Nanos;
 use std::io::Read;
@@ -14,7 +14,7 @@ fn main() -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {
         ["floor"] => {
-            let _floor = Floor::load()?;
+            let _floor = Floor::switch(&Kernel::open()?)?;
             hold(None)
         }
         ["runq", pattern] => {

@@ -3,7 +3,7 @@
 use super::{interrupt, libvirtd};
 use crate::{progress, sh};
 use anyhow::{Context, Result, bail};
-use formtune_common::runq;
+use formtune_common::histogram;
 use formtune_core::Sample;
 use formtune_core::units::{Nanos, VmId};
 use std::fs;
@@ -185,13 +185,13 @@ impl Waits {
         self.counts.values().sum()
     }
 
-    /// Upper bound of the bucket (6.25 % wide) that holds the quantile; `None` of nothing.
+    /// Upper bound of the bucket (4.4 % wide) that holds the quantile; `None` of nothing.
     pub fn quantile(&self, q: f64) -> Option<Nanos> {
         let rank = ((self.count() as f64 * q).ceil() as u64).max(1);
         let mut seen = 0;
         self.counts.iter().find_map(|(&bucket, &count)| {
             seen += count;
-            (seen >= rank).then(|| Nanos(runq::upper_bound(u32::from(bucket))))
+            (seen >= rank).then(|| Nanos(histogram::upper_bound(u32::from(bucket))))
         })
     }
 }

@@ -1,0 +1,142 @@
+//! The run-queue probe.
+
+use super::{CgroupTable, Kernel, ProbeError, attach, load, take};
+use crate::sense::runq::SlotRows;
+use crate::vm::CgroupVersion;
+use aya::maps::{Array, Map, MapData};
+use aya::{Ebpf, include_bytes_aligned};
+use formtune_common::runq::{Control, Row};
+use formtune_common::table::TableEntry;
+use std::io;
+use std::os::fd::AsFd;
+
+/// The object that build.rs made of `formtune-ebpf/src/bin/runq.rs`.
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-runq"));
+
+/// The program, and the tracepoint it is attached to.
+pub const SCHED_SWITCH: &str = "sched_switch";
+
+/// Constants of `formtune-ebpf/src/runq.rs` that are offsets: name, structure, member.
+const OFFSETS: &[(&str, &str, &str)] = &[
+    ("TASK_LAST_QUEUED", "task_struct", "sched_info.last_queued"),
+    ("TASK_CFS_RQ", "task_struct", "se.cfs_rq"),
+    ("TASK_CGROUPS", "task_struct", "cgroups"),
+    ("CFS_RQ_RQ", "cfs_rq", "rq"),
+    ("RQ_CLOCK", "rq", "clock"),
+    ("CSS_SET_DFL_CGRP", "css_set", "dfl_cgrp"),
+    ("CSS_CGROUP", "cgroup_subsys_state", "cgroup"),
+    ("CGROUP_KN", "cgroup", "kn"),
+    ("KN_ID", "kernfs_node", "id"),
+];
+
+/// How large the maps are made.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// VMs measured at once.
+    pub slots: u32,
+    /// Rows per slot: the greatest possible CPU number and one.
+    pub cpus: u32,
+    /// Places of `TABLE`, a power of two.
+    pub table: u32,
+    /// cgroups that fit into `SPILL`.
+    pub spill: u32,
+}
+
+impl Sizes {
+    /// Kernel memory of `ROWS` and `TABLE`, bytes. `SPILL` takes some with every entry only.
+    pub fn bytes(&self) -> u64 {
+        let rows = u64::from(self.slots) * u64::from(self.cpus) * size_of::<Row>() as u64;
+        rows + u64::from(self.table) * size_of::<TableEntry>() as u64
+    }
+}
+
+/// The run-queue probe, attached; detached when dropped.
+pub struct RunqProbe {
+    /// Which cgroup is whose.
+    pub cgroups: CgroupTable,
+    control: Array<MapData, Control>,
+    rows: MapData,
+    cpus: u32,
+    #[cfg(debug_assertions)]
+    log: Option<aya_log::EbpfLogger<super::Log>>,
+    /// Holds program and link.
+    _ebpf: Ebpf,
+}
+
+impl RunqProbe {
+    /// Looks up the offsets, loads, attaches.
+    ///
+    /// # Errors
+    /// [`ProbeError`], one line.
+    pub fn load(
+        kernel: &Kernel,
+        version: CgroupVersion,
+        sizes: Sizes,
+        control: Control,
+    ) -> Result<Self, ProbeError> {
+        let mut constants = kernel.offsets(OFFSETS)?;
+        // Without the controller its enumerator is not there, nor ever used.
+        let cpu_css = match (version, kernel.offsets.cgroup_subsys_id("cpu_cgrp_id")) {
+            (CgroupVersion::V1, id) => {
+                kernel.offsets.offset("css_set", "subsys")? + id? * size_of::<u64>() as u32
+            }
+            (CgroupVersion::V2, _) => 0,
+        };
+        constants.extend([
+            ("CSS_SET_CPU_CSS", cpu_css),
+            ("CPU_ON_V1", u32::from(version == CgroupVersion::V1)),
+            ("TABLE_MASK", sizes.table - 1),
+            ("ROWS_PER_SLOT", sizes.cpus),
+        ]);
+        let lengths = [
+            ("ROWS", sizes.slots * sizes.cpus),
+            ("RUNNING", sizes.cpus),
+            ("TABLE", sizes.table),
+            ("SPILL", sizes.spill),
+        ];
+        let mut ebpf = load(OBJECT, &constants, &lengths)?;
+        #[cfg(debug_assertions)]
+        let log = aya_log::EbpfLogger::init_with_logger(&mut ebpf, super::Log).ok();
+        let Map::Array(rows) = take(&mut ebpf, "ROWS")? else {
+            return Err(ProbeError::Object("ROWS"));
+        };
+        let cgroups = CgroupTable::of(&mut ebpf)?;
+        let map = take(&mut ebpf, "CONTROL")?.try_into().map_err(aya::EbpfError::from)?;
+        let mut probe = Self {
+            cgroups,
+            control: map,
+            rows,
+            cpus: sizes.cpus,
+            #[cfg(debug_assertions)]
+            log,
+            _ebpf: ebpf,
+        };
+        probe.control(control)?;
+        attach(&mut probe._ebpf, kernel, SCHED_SWITCH, SCHED_SWITCH)?;
+        Ok(probe)
+    }
+
+    /// Changes what may be changed while it runs.
+    ///
+    /// # Errors
+    /// If the map cannot be written, which a map of this kind always can.
+    pub fn control(&mut self, control: Control) -> Result<(), ProbeError> {
+        Ok(self.control.set(0, control, 0).map_err(aya::EbpfError::from)?)
+    }
+
+    /// Maps the rows of a slot.
+    ///
+    /// # Errors
+    /// Those of `mmap`.
+    pub fn map_slot(&self, slot: u32) -> io::Result<SlotRows> {
+        SlotRows::map(self.rows.fd().as_fd(), slot, self.cpus as usize)
+    }
+
+    /// Passes on what the probes logged (debug builds only).
+    pub fn flush_log(&mut self) {
+        #[cfg(debug_assertions)]
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+    }
+}
