@@ -5,6 +5,7 @@ use super::client::{self, At, ClientError};
 use super::state::State;
 use super::style::{self, Style, cut, grouped, latency};
 use super::{GOOD, Global, OneLine, error, fail, print};
+use crate::export::culprits::{Blamed, Holder};
 use crate::export::routes::{DecisionsAnswer, NodeAnswer, VmAnswer};
 use crate::export::snapshot::{
     DecisionRecord, OwnerKind, RecentRunq, VmState, action_name, mode_name,
@@ -98,6 +99,9 @@ pub fn render(
         line("Promise", &promise(vm, slo));
     }
     line("Waits", &waits(vm.recent.as_ref()));
+    if let Some(blamed) = vm.held_by.as_ref().filter(|blamed| blamed.total.0 > 0) {
+        line("Because", &because(blamed));
+    }
     line("CPU", &cpu(vm));
     line("Weight", &weight(vm));
     line("Decision", &decision(vm, node.node.modes.cpu_weight));
@@ -183,6 +187,24 @@ fn waits(recent: Option<&RecentRunq>) -> String {
         grouped(recent.samples),
         style::age(recent.span),
     )
+}
+
+/// `of 1.9 s of long waits, hog-1 held the CPU for 52 %, tasks of the host for 3 %`.
+fn because(blamed: &Blamed) -> String {
+    let mut text = format!("of {} of long waits,", latency(Some(blamed.total)));
+    for (i, held) in blamed.top.iter().enumerate() {
+        let who = match &held.holder {
+            Holder::Vm(vm) => OneLine(vm).to_string(),
+            Holder::Itself => "its own vCPUs".into(),
+            Holder::Host => "tasks of the host".into(),
+            Holder::Unknown => "nobody knows who".into(),
+        };
+        let percent = blamed.share(held) * 100.0;
+        let comma = if i > 0 { "," } else { "" };
+        let held = if i == 0 { " held the CPU" } else { "" };
+        let _ = write!(text, "{comma} {who}{held} for {percent:.0} %");
+    }
+    text
 }
 
 fn cpu(vm: &VmState) -> String {

@@ -17,7 +17,7 @@ pub use logging::Format;
 use crate::act::Act;
 use crate::config::Config;
 use crate::export::{
-    DecisionLog, Listen, Recent, Server, ServerHandle, SnapshotRequest, Snapshots, source,
+    Culprits, DecisionLog, Listen, Recent, Server, ServerHandle, SnapshotRequest, Snapshots, source,
 };
 use crate::hypervisor::Hypervisor;
 use crate::record;
@@ -103,6 +103,7 @@ struct Agent {
     outcomes: Vec<Outcome>,
     plan: Option<Plan>,
     recent: Recent,
+    culprits: Culprits,
     decisions: DecisionLog,
     enforcing: bool,
     /// Held as long as knobs may be turned.
@@ -177,6 +178,7 @@ impl Agent {
             outcomes: Vec::new(),
             plan: None,
             recent: Recent::default(),
+            culprits: Culprits::default(),
             decisions: DecisionLog::default(),
             enforcing: mode == Mode::Enforce,
             config,
@@ -240,6 +242,9 @@ impl Agent {
             if let Some(runq) = &read.runq {
                 self.recent.add(id, at, runq);
             }
+            if let Some(held) = &read.held {
+                self.culprits.add(id, at, held);
+            }
             seen.usage(&read);
             let active = read.runq.as_ref().is_none_or(|runq| !runq.counts.is_empty());
             let cpu_weight = self.weights.get(&self.act, vm, active);
@@ -271,6 +276,7 @@ impl Agent {
         self.act.forget(id);
         self.weights.forget(id);
         self.recent.forget(id);
+        self.culprits.forget(id);
         self.decisions.forget(id);
         self.vms.remove(id);
     }

@@ -167,6 +167,9 @@ impl Agent {
                     .map(|totals| RunqCounts::from_dense(totals.buckets(), totals.wait_ns));
                 state.cpu_usage_ns = seen.cpu_usage_ns;
                 state.throttled_ns = seen.throttled_ns;
+                let known = state.runq.is_some();
+                state.held_by = known.then(|| self.culprits.recent(id, now));
+                state.held_by_total = known.then(|| self.culprits.total(id));
                 Some((id.clone(), state))
             })
             .collect();

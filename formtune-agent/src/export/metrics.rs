@@ -161,6 +161,17 @@ impl Families<'_> {
             vms.iter().map(|vm| (by_vm(vm), vm.runq.map(|runq| seconds(runq.wait_ns)))),
         )?;
         self.counter(
+            "formtune_vm_runqueue_held_seconds_total",
+            "Time of the VM's long waits by who held the CPU: the three who held it longest",
+            vms.iter().flat_map(|vm| {
+                vm.held_by_total.iter().flat_map(|blamed| &blamed.top).map(|held| {
+                    let (kind, by) = held.holder.labels();
+                    let labels = [("vm", vm.id.0.as_str()), ("by_kind", kind), ("by", by)];
+                    (labels, Some(held.time.as_secs_f64()))
+                })
+            }),
+        )?;
+        self.counter(
             "formtune_vm_cpu_usage_seconds_total",
             "CPU time of the VM",
             vms.iter().map(|vm| (by_vm(vm), vm.cpu_usage_ns.map(seconds))),

@@ -2,8 +2,9 @@
 //!
 //! This room sees [`Snapshot`]s only. The daemon's loop builds one when somebody asks
 //! ([`source::channel`]); while nobody asks, nothing is copied. What the loop must
-//! remember for a snapshot between ticks is kept in [`DecisionLog`] and [`Recent`].
+//! remember for a snapshot between ticks is kept in [`DecisionLog`], [`Recent`] and [`Culprits`].
 
+pub mod culprits;
 pub mod decisions;
 pub mod http;
 pub mod listen;
@@ -13,6 +14,7 @@ pub mod routes;
 pub mod snapshot;
 pub mod source;
 
+pub use culprits::Culprits;
 pub use decisions::DecisionLog;
 pub use http::{Server, ServerHandle};
 pub use listen::{Listen, ListenError};

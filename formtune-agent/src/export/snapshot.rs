@@ -4,6 +4,7 @@
 //! the Unix socket, by `formtune status` and `formtune explain`. It holds no policy and
 //! decides nothing. Its JSON form is the interface of `/v1/*`: fields are only added.
 
+use super::culprits::Blamed;
 use crate::vm::{CgroupVersion, Owner, Vm};
 use formtune_common::histogram;
 use formtune_core::plan::{Action, Decision, Evidence, OutcomeResult, Reason};
@@ -218,6 +219,10 @@ pub struct VmState {
     pub cpu_usage_ns: Option<u64>,
     /// Time the VM was throttled by its own quota, nanoseconds.
     pub throttled_ns: Option<u64>,
+    /// Who held the CPUs during its long waits of the last seconds; `None` where nobody knows.
+    pub held_by: Option<Blamed>,
+    /// The same since the VM was first seen.
+    pub held_by_total: Option<Blamed>,
 }
 
 impl VmState {
@@ -248,6 +253,8 @@ impl VmState {
             runq: None,
             cpu_usage_ns: None,
             throttled_ns: None,
+            held_by: None,
+            held_by_total: None,
         }
     }
 

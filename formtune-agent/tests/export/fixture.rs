@@ -1,5 +1,6 @@
 //! A node with four VMs, as a snapshot, and a server that shows it.
 
+use formtune_agent::export::culprits::{Blamed, Held, Holder};
 use formtune_agent::export::snapshot::*;
 use formtune_agent::export::{DecisionLog, Listen, Server, ServerHandle, SnapshotRequest, source};
 use formtune_agent::vm::{CgroupVersion, Owner, Vm};
@@ -118,6 +119,14 @@ fn web() -> VmState {
         max: Some(Nanos::from_micros(11_500)),
     });
     vm.runq = Some(dense(&[(900, 5_000), (12_000, 90_000), (4_200_000, 900), (20_000_000_000, 1)]));
+    let held = |holder, ms| Held { holder, time: Nanos::from_millis(ms) };
+    let top = vec![
+        held(Holder::Vm("hog-1".into()), 2_900),
+        held(Holder::Itself, 700),
+        held(Holder::Host, 300),
+    ];
+    let blamed = Blamed { total: Nanos::from_secs(4), top };
+    (vm.held_by, vm.held_by_total) = (Some(blamed.clone()), Some(blamed));
     vm.cpu_usage_ns = Some(61_500_000_000);
     vm.throttled_ns = Some(0);
     vm.decided(&victim_decision());

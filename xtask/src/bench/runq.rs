@@ -37,7 +37,7 @@ enum Kind {
 
 const KINDS: [Kind; 4] = [Kind::Floor, Kind::Outside, Kind::InVm, Kind::Peer];
 
-/// Measures both figures.
+/// Measures all figures.
 ///
 /// # Errors
 /// When a program is missing or a probe cannot be attached.
@@ -86,11 +86,14 @@ pub fn run() -> Result<Vec<Figure>> {
     }
     step.end("done");
     let [floor, outside, in_vm, peer] = &added;
-    let figure = |name, ours: &[f64]| {
-        let target = Some("ratio_to_peer <= 0.35");
-        Figure::measured(name, "ns/switch", ours, Some(peer), Some(floor), target)
+    let figure = |name, ours: &[f64], target| {
+        Figure::measured(name, "ns/switch", ours, Some(peer), Some(floor), Some(target))
     };
-    Ok(vec![figure("runq.in_vm", in_vm), figure("runq.outside", outside)])
+    Ok(vec![
+        figure("runq.in_vm", in_vm, "ratio_to_peer <= 0.25"),
+        figure("runq.outside", outside, "ratio_to_peer <= 0.15"),
+        figure("runq.in_vm_to_floor", in_vm, "ratio_to_floor <= 3"),
+    ])
 }
 
 /// The holder of our probes, optimised as the agent is when released.
