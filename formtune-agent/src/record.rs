@@ -217,7 +217,12 @@ mod tests {
         Sample {
             seq,
             at: Nanos::from_millis(250 * seq),
-            host: HostSample { cpus: 2, cpu_busy_ns: Some(seq), blind: None },
+            host: HostSample {
+                cpus: 2,
+                cpu_busy_ns: Some(seq),
+                blind: None,
+                ..HostSample::default()
+            },
             vms: Default::default(),
             outcomes: Vec::new(),
         }

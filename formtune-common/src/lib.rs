@@ -7,4 +7,5 @@ extern crate std;
 
 pub mod histogram;
 pub mod runq;
+pub mod sampling;
 pub mod table;

@@ -103,6 +103,6 @@ fn sample(vms: usize, seed: u64) -> Sample {
         (VmId(format!("instance-{n:08x}")), vm)
     };
     let vms = (0..vms).map(vm).collect();
-    let host = HostSample { cpus: 64, cpu_busy_ns: None, blind: None };
+    let host = HostSample { cpus: 64, cpu_busy_ns: None, blind: None, ..HostSample::default() };
     Sample { seq: 0, at: Nanos(0), host, vms, outcomes: Vec::new() }
 }

@@ -19,6 +19,9 @@ pub struct Plan {
     /// Writes to be made, in this order. In `shadow` they are announced, not made.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub setpoints: Vec<Setpoint>,
+    /// From now on the probes look at one event in 2^this; `None`: as before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_shift: Option<u8>,
     /// One per VM that has a knob or an SLO, including every decision to do nothing.
     pub decisions: Vec<Decision>,
 }

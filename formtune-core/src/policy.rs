@@ -11,6 +11,8 @@ pub struct Policy {
     pub modes: Modes,
     /// Time between samples.
     pub tick: Nanos,
+    /// CPUs that the probes may take on the whole node; above, they look at fewer events.
+    pub probe_budget: f64,
     /// Limits of the CPU loop.
     pub cpu: CpuLoop,
     /// Classes by name; always holds `default_class`.

@@ -24,7 +24,7 @@ pub struct Sample {
 }
 
 /// The node as a whole.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct HostSample {
     /// Online CPUs.
     pub cpus: u32,
@@ -35,6 +35,16 @@ pub struct HostSample {
     /// (not loaded, events discarded, table full). Blindness means hold, then decay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blind: Option<String>,
+    /// CPUs that the probes took lately; only where it was measured since the last sample.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe_cost: Option<f64>,
+    /// The probes looked at one event in 2^this, which counts as 2^this.
+    #[serde(default, skip_serializing_if = "is_not_sampled")]
+    pub sampling_shift: u8,
+}
+
+fn is_not_sampled(shift: &u8) -> bool {
+    *shift == 0
 }
 
 /// One VM.

@@ -1,5 +1,6 @@
 //! Everything that is remembered from one sample to the next.
 
+use crate::decide::budget::Budget;
 use crate::decide::knob::KnobState;
 use crate::decide::relax::Backoff;
 use crate::decide::verdict::History;
@@ -24,6 +25,8 @@ pub struct State {
     pub(crate) busy: Rate,
     /// Since when the probe has been blind.
     pub(crate) blind_since: Option<Nanos>,
+    /// What the probes may cost.
+    pub(crate) budget: Budget,
     /// Ascending by id, the same VMs as in the last sample.
     pub(crate) vms: Vec<VmState>,
 }

@@ -9,6 +9,7 @@ use crate::sample::{Sample, VmSample};
 use crate::state::{State, VmState};
 use crate::units::{ClassName, Nanos};
 use alloc::vec::Vec;
+use formtune_common::sampling::MAX_SHIFT;
 
 /// Window over which a VM that is promised nothing is counted.
 const WINDOW_WITHOUT_SLO: Nanos = Nanos::from_secs(1);
@@ -66,7 +67,11 @@ pub fn step(state: &mut State, policy: &Policy, sample: &Sample) -> Plan {
             Decision { vm: vm.id.clone(), evidence, action, reason }
         })
         .collect();
-    Plan { seq: sample.seq, at: sample.at, setpoints, decisions }
+    let sampling_shift = sample
+        .host
+        .probe_cost
+        .and_then(|cost| state.budget.step(sample.at, cost, policy.probe_budget, MAX_SHIFT as u8));
+    Plan { seq: sample.seq, at: sample.at, setpoints, sampling_shift, decisions }
 }
 
 fn hold_all(sample: &Sample, reason: &Reason) -> Plan {
@@ -76,7 +81,8 @@ fn hold_all(sample: &Sample, reason: &Reason) -> Plan {
         action: Action::Hold,
         reason: reason.clone(),
     });
-    Plan { seq: sample.seq, at: sample.at, setpoints: Vec::new(), decisions: decisions.collect() }
+    let decisions = decisions.collect();
+    Plan { seq: sample.seq, at: sample.at, setpoints: Vec::new(), sampling_shift: None, decisions }
 }
 
 /// Brings windows, rates and knobs up to date and judges each VM's window.
@@ -84,6 +90,7 @@ fn estimate<'a>(state: &mut State, policy: &'a Policy, sample: &Sample) -> Vec<V
     let (at, cpu) = (sample.at, &policy.cpu);
     state.busy.read(at, sample.host.cpu_busy_ns);
     let blind = sample.host.blind.is_some();
+    let shift = u32::from(sample.host.sampling_shift).min(MAX_SHIFT);
     state.blind_since = blind.then(|| state.blind_since.unwrap_or(at));
     let mut classes = Classes { policy, last: None };
     let vms = sample.vms.values().zip(&mut state.vms);
@@ -99,7 +106,7 @@ fn estimate<'a>(state: &mut State, policy: &'a Policy, sample: &Sample) -> Vec<V
             vm.blind_since = None;
             vm.window.push(at, interval, window, policy.tick);
             vm.holders.push(at, reading.held.as_ref(), window, policy.tick);
-            slo.map_or(Verdict::NoSlo, |slo| Verdict::of(slo, &mut vm.window))
+            slo.map_or(Verdict::NoSlo, |slo| Verdict::of(slo, &mut vm.window, shift))
         } else {
             vm.blind_since.get_or_insert(at);
             vm.window.clear();

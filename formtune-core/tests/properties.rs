@@ -84,7 +84,12 @@ fn any_outcome() -> impl Strategy<Value = Outcome> {
 
 fn any_sample() -> impl Strategy<Value = Sample> {
     let host = (any::<u32>(), option::of(any::<u64>()), option::weighted(0.2, Just("lost".into())))
-        .prop_map(|(cpus, cpu_busy_ns, blind)| HostSample { cpus, cpu_busy_ns, blind });
+        .prop_map(|(cpus, cpu_busy_ns, blind)| HostSample {
+            cpus,
+            cpu_busy_ns,
+            blind,
+            ..HostSample::default()
+        });
     // Times that go forth and back, and leap.
     let at = prop_oneof![0_u64..20_000_000_000, any::<u64>()].prop_map(|at| Nanos(at / 2));
     (any::<u64>(), at, host, btree_map(name(), any_vm(), 0..5), vec(any_outcome(), 0..3))
@@ -156,7 +161,8 @@ fn live(policy: &Policy, ticks: &[Tick]) -> Vec<(Sample, Plan)> {
             };
             vms.insert(id, vm);
         }
-        let host = HostSample { cpus: 2, cpu_busy_ns: Some(busy), blind: None };
+        let host =
+            HostSample { cpus: 2, cpu_busy_ns: Some(busy), blind: None, ..HostSample::default() };
         let outcomes_now = std::mem::take(&mut outcomes);
         let sample = Sample { seq: seq as u64, at, host, vms, outcomes: outcomes_now };
         let plan = step(&mut state, policy, &sample);
@@ -347,7 +353,7 @@ proptest! {
             cpu_weight: None,
             cpu_weight_original: None,
         };
-        let host = HostSample { cpus: 1, cpu_busy_ns: None, blind: None };
+        let host = HostSample { cpus: 1, cpu_busy_ns: None, blind: None, ..HostSample::default() };
         let vms = [("a".into(), vm)].into();
         let sample = Sample { seq: 0, at: Nanos(1), host, vms, outcomes: Vec::new() };
         let plan = step(&mut State::default(), &policy, &sample);
@@ -409,7 +415,12 @@ fn nobody_is_lowered_before_usage_can_be_known() {
         let sample = Sample {
             seq,
             at: Nanos::from_millis(250 * seq),
-            host: HostSample { cpus: 2, cpu_busy_ns: Some(500_000_000 * seq), blind: None },
+            host: HostSample {
+                cpus: 2,
+                cpu_busy_ns: Some(500_000_000 * seq),
+                blind: None,
+                ..HostSample::default()
+            },
             vms: BTreeMap::from([("idle".into(), vm(1_000)), ("web".into(), vm(500_000_000))]),
             outcomes: Vec::new(),
         };

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 pub(super) const ROOT_KEYS: &[&str] = &[
     "tick",
     "max_vms",
+    "probe_budget",
     "state_dir",
     "socket",
     "listen",
@@ -71,6 +72,9 @@ pub(super) fn read(source: &Source) -> Result<Config, ConfigError> {
     }
     if let Some(field) = root.get("max_vms") {
         config.sense.max_vms = field.integer(1..=10_000)? as u32;
+    }
+    if let Some(field) = root.get("probe_budget") {
+        config.policy.probe_budget = field.number(0.001..=1_000.0)?;
     }
     if let Some(field) = root.get("state_dir") {
         config.state_dir = absolute(field)?;

@@ -104,6 +104,7 @@ impl Default for Config {
             policy: Policy {
                 modes: Modes { cpu_weight: Mode::default() },
                 tick: Nanos::from_millis(250),
+                probe_budget: 0.05,
                 cpu: CpuLoop::default(),
                 classes: BTreeMap::from([(base.clone(), base_class())]),
                 default_class: base.clone(),

@@ -17,6 +17,7 @@ pub(super) fn table(config: &Config) -> Table {
     let mut set = |key: &str, value: Value| root.insert(key.to_owned(), value);
     set("tick", write_duration(policy.tick).into());
     set("max_vms", i64::from(config.sense.max_vms).into());
+    set("probe_budget", policy.probe_budget.into());
     set("state_dir", path(&config.state_dir));
     set("socket", path(&config.socket));
     set("listen", config.listen.map_or("off".to_owned(), |address| address.to_string()).into());

@@ -117,3 +117,15 @@ pub(super) fn outcome(outcome: &Outcome) {
         tracing::warn!("{line}");
     }
 }
+
+/// How much the probes look at from now on, and why.
+pub(super) fn sampling(shift: u8, budget: f64) -> String {
+    match shift {
+        0 => format!("the probes look at every event again: well within {budget} CPUs"),
+        shift => format!(
+            "the probes look at one event in {} and count it as so many, to stay within {budget} \
+             CPUs (`probe_budget`); nobody is blamed meanwhile",
+            1_u32 << shift
+        ),
+    }
+}

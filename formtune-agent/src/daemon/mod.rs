@@ -295,6 +295,10 @@ impl Agent {
 
     /// Does what the plan says is to be written; in other modes nothing is.
     fn carry_out(&mut self, plan: &Plan) {
+        if let Some(shift) = plan.sampling_shift {
+            self.sense.sample_one_in(shift);
+            tracing::warn!("{}", logging::sampling(shift, self.config.policy.probe_budget));
+        }
         for setpoint in plan.setpoints.iter().filter(|setpoint| setpoint.mode == Mode::Enforce) {
             let Some(vm): Option<Arc<Vm>> = self.sense.vms().get(&setpoint.vm).cloned() else {
                 continue;

@@ -204,6 +204,10 @@ impl Agent {
                 blind: self.host.as_ref().and_then(|host| host.blind.clone()),
                 discarded: health.discarded,
                 unmeasured_vms: u64::from(health.not_measured),
+                cost_cpus: health.cost.map(|cost| cost.cpus),
+                runs_per_s: health.cost.map(|cost| cost.runs_per_s),
+                budget_cpus: self.config.policy.probe_budget,
+                sampling_shift: health.sampling_shift,
             },
             agent: AgentState {
                 version: env!("CARGO_PKG_VERSION").into(),

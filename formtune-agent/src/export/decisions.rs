@@ -163,6 +163,7 @@ mod tests {
         Plan {
             seq,
             at: Nanos::from_millis(seq * 250),
+            sampling_shift: None,
             setpoints: if action == Action::Hold { vec![] } else { vec![setpoint] },
             decisions: vec![Decision { vm, evidence, action, reason: Reason::NoSlo }],
         }

@@ -120,6 +120,21 @@ impl Families<'_> {
             Some(node.probe.unmeasured_vms as f64),
         )?;
         self.one(
+            "formtune_probe_cost_cpus",
+            "CPUs that the probes' programs took when that was last measured",
+            node.probe.cost_cpus,
+        )?;
+        self.one(
+            "formtune_probe_budget_cpus",
+            "CPUs that the probes' programs may take",
+            Some(node.probe.budget_cpus),
+        )?;
+        self.one(
+            "formtune_probe_sampling_ratio",
+            "Share of events that the probes look at; each counts as its reciprocal",
+            Some(f64::exp2(-f64::from(node.probe.sampling_shift))),
+        )?;
+        self.one(
             "formtune_libvirt_up",
             "1 while libvirt answers, 0 while it does not; absent where it is not used",
             match node.libvirt {

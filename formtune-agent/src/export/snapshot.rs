@@ -96,6 +96,15 @@ pub struct ProbeState {
     pub discarded: u64,
     /// VMs that found no room in the probe's table.
     pub unmeasured_vms: u64,
+    /// CPUs that the programs took when that was last measured; `None` before, and where the
+    /// kernel keeps no statistics.
+    pub cost_cpus: Option<f64>,
+    /// Runs of the programs per second, at that time.
+    pub runs_per_s: Option<f64>,
+    /// CPUs they may take; see `probe_budget`.
+    pub budget_cpus: f64,
+    /// They look at one event in 2^this, which counts as 2^this.
+    pub sampling_shift: u8,
 }
 
 /// The agent's process.

@@ -1,6 +1,7 @@
 //! What the probes see and what they do not: for `doctor`, `/metrics` and `blind`.
 
 use super::cgroup::Hierarchies;
+use super::probes::Cost;
 
 /// State of the probes and of the map that they count into.
 #[derive(Clone, Debug)]
@@ -29,6 +30,11 @@ pub struct ProbeHealth {
     pub discarded: u64,
     /// Domains that libvirt reports running and for which no cgroup was found.
     pub domains_without_cgroup: u32,
+    /// What the programs cost when it was last measured; `None` before, and where the kernel
+    /// keeps no statistics.
+    pub cost: Option<Cost>,
+    /// The probes look at one event in 2^this.
+    pub sampling_shift: u8,
 }
 
 /// State of one probe.

@@ -30,7 +30,7 @@ use formtune_common::runq::{HOST, slot_of};
 use formtune_core::sample::{HeldInterval, HostSample, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
 use inventory::{Change, Group, Tree};
-use probes::Kernel;
+use probes::{CostMeter, Kernel};
 use runq::HeldBy;
 use slots::Slots;
 use std::collections::{BTreeMap, BTreeSet};
@@ -103,6 +103,8 @@ pub struct Sense {
     paths: BTreeMap<VmId, PathBuf>,
     vms: BTreeMap<VmId, Arc<Vm>>,
     host_cpu: HostCpu,
+    cost: CostMeter,
+    sampling_shift: u8,
     health: ProbeHealth,
 }
 
@@ -148,6 +150,8 @@ impl Sense {
             counted: 0,
             discarded: 0,
             domains_without_cgroup: 0,
+            cost: None,
+            sampling_shift: 0,
         };
         Ok(Self {
             hierarchies,
@@ -159,6 +163,8 @@ impl Sense {
             paths: BTreeMap::new(),
             vms: BTreeMap::new(),
             host_cpu: HostCpu::open(),
+            cost: CostMeter::default(),
+            sampling_shift: 0,
             health,
         })
     }
@@ -191,7 +197,23 @@ impl Sense {
         self.slots.flush_log();
         self.update_health();
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
-        Reading { host: HostSample { cpus, cpu_busy_ns, blind }, vms, appeared, gone }
+        let cost = self.cost.tick(now, || self.slots.runs());
+        self.health.cost = cost.or(self.health.cost);
+        let host = HostSample {
+            cpus,
+            cpu_busy_ns,
+            blind,
+            probe_cost: cost.map(|cost| rounded(cost.cpus)),
+            sampling_shift: self.sampling_shift,
+        };
+        Reading { host, vms, appeared, gone }
+    }
+
+    /// From now on the probes look at one event in 2^shift, which counts as 2^shift.
+    pub fn sample_one_in(&mut self, shift: u8) {
+        self.slots.sample_one_in(shift);
+        self.sampling_shift = shift;
+        self.health.sampling_shift = shift;
     }
 
     /// Every VM known at the last reading.
@@ -330,7 +352,7 @@ impl Sense {
                 held_by.push((vm.id.clone(), held));
             }
             let reading = VmReading {
-                held: runq.is_some().then(HeldInterval::default),
+                held: (runq.is_some() && self.sampling_shift == 0).then(HeldInterval::default),
                 runq,
                 cpu_usage_ns: usage.cpu_ns,
                 throttled_ns: usage.throttled_ns,
@@ -382,6 +404,11 @@ impl Sense {
         let owned = self.vms.values().filter(|vm| vm.uuid.is_some()).count();
         self.health.domains_without_cgroup = self.domains.len().saturating_sub(owned) as u32;
     }
+}
+
+/// To a millionth: what is recorded is read back as it was.
+fn rounded(value: f64) -> f64 {
+    (value * 1e6).round() / 1e6
 }
 
 /// Those of `CAP_BPF` and `CAP_PERFMON` that the process lacks, unless it has

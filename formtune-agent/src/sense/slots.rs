@@ -1,7 +1,7 @@
 //! Slots: which VM the probe counts into which rows.
 
 use super::health::ProbeState;
-use super::probes::{self, Kernel, ProbeError, RunqProbe, Sizes};
+use super::probes::{self, Kernel, ProbeError, RunqProbe, Runs, Sizes};
 use super::runq::{HeldBy, RunqReader, RunqTotals, Scratch, SlotRows};
 use super::table::Table;
 use crate::vm::CgroupVersion;
@@ -191,6 +191,21 @@ impl Slots {
         freed
     }
 
+    /// What the probe's program has cost so far.
+    pub fn runs(&self) -> Runs {
+        self.probe.as_ref().map_or_else(Runs::default, RunqProbe::runs)
+    }
+
+    /// From now on the probe looks at one switch in 2^shift.
+    pub fn sample_one_in(&mut self, shift: u8) {
+        let control = Control { sampling_shift: shift.into(), ..control() };
+        if let Some(probe) = &mut self.probe
+            && let Err(error) = probe.control(control)
+        {
+            tracing::warn!("the run-queue probe looks at as many switches as before: {error}");
+        }
+    }
+
     /// Passes on what the probes logged (debug builds only).
     pub fn flush_log(&mut self) {
         if let Some(probe) = &mut self.probe {
@@ -248,8 +263,11 @@ fn load(
     sizes: Sizes,
 ) -> Result<RunqProbe, ProbeState> {
     let kernel = kernel.map_err(unavailable)?;
-    let control = Control { blame_ns: BLAME.0, ..Control::default() };
-    RunqProbe::load(kernel, version, sizes, control).map_err(|error| unavailable(&error))
+    RunqProbe::load(kernel, version, sizes, control()).map_err(|error| unavailable(&error))
+}
+
+fn control() -> Control {
+    Control { blame_ns: BLAME.0, ..Control::default() }
 }
 
 fn unavailable(error: &ProbeError) -> ProbeState {

@@ -245,6 +245,7 @@ pub fn decision_log() -> DecisionLog {
     let plan = Plan {
         seq: 14_380,
         at: Nanos(AT.0 - 5_000_000_000),
+        sampling_shift: None,
         setpoints: vec![setpoint("web-1", 150), setpoint("hog-1", 80)],
         decisions: vec![
             victim_decision(),

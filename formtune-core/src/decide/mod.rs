@@ -2,6 +2,7 @@
 //! helped, and when to give it back.
 
 pub mod blame;
+pub mod budget;
 pub mod cpu;
 pub mod knob;
 pub mod relax;

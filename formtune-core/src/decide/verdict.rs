@@ -43,13 +43,16 @@ impl Verdict {
     /// Too few waits are unknown, with one exception: if so many of them are late that the
     /// promise were broken even had the missing ones not waited at all, it is broken. A VM
     /// that is starved waits seldom and long.
-    pub fn of(slo: &Slo, window: &mut Window) -> Self {
-        let (have, need) = (window.samples(), slo.min_samples.max(1));
+    ///
+    /// `shift`: each wait in the window was counted 2^shift times for others that were not
+    /// looked at, which say nothing.
+    pub fn of(slo: &Slo, window: &mut Window, shift: u32) -> Self {
+        let (have, need) = (window.samples() >> shift, slo.min_samples.max(1));
         let broken = |measured: &Nanos| *measured > slo.threshold;
         let measured = if have >= u64::from(need) {
             window.quantile(slo.quantile)
         } else {
-            window.quantile_among(slo.quantile, need.into()).filter(broken)
+            window.quantile_among(slo.quantile, u64::from(need) << shift).filter(broken)
         };
         let Some(measured) = measured else { return Self::TooFew { have, need } };
         let target = (slo.threshold.0 as f64).max(1.0);

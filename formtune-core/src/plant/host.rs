@@ -168,6 +168,8 @@ impl Host {
                 cpus: self.cpus,
                 cpu_busy_ns: Some(self.busy_ns),
                 blind: self.blind.clone(),
+                probe_cost: None,
+                sampling_shift: 0,
             },
             vms,
             outcomes: core::mem::take(&mut self.outcomes),

@@ -203,6 +203,7 @@ fn policy() -> Policy {
     Policy {
         modes: Modes { cpu_weight: Mode::Enforce },
         tick: Nanos::from_millis(250),
+        probe_budget: 0.05,
         cpu: CpuLoop::default(),
         classes: [
             ("service".into(), class(Priority::High, Some(slo), 1.0, 6.0)),

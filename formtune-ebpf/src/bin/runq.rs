@@ -21,6 +21,7 @@ use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap};
 use aya_ebpf::programs::BtfTracePointContext;
 use formtune_common::runq::{Control, HOLDERS, HOST, NOBODY, PAST, Row, Running, Stint, vm};
+use formtune_common::sampling::{keeps, weight};
 use formtune_common::table::TableEntry;
 use formtune_ebpf::count::{add_u32, add_u64};
 use formtune_ebpf::histogram::bucket;
@@ -92,9 +93,9 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
 #[inline(always)]
 fn switched(ctx: &BtfTracePointContext) -> Option<()> {
     let control = CONTROL.get(0)?;
-    let shift = control.sampling_shift & 31;
+    let shift = control.sampling_shift & 15;
     // SAFETY: a helper without arguments.
-    if shift != 0 && unsafe { bpf_get_prandom_u32() } & ((1 << shift) - 1) != 0 {
+    if shift != 0 && !keeps(unsafe { bpf_get_prandom_u32() }, shift) {
         return None;
     }
     let next: *const u8 = ctx.arg(2);
@@ -144,9 +145,9 @@ unsafe fn count(row: *mut Row, wait: u64, shift: u32) -> Option<()> {
     let bucket = bucket(wait)?;
     // SAFETY: a map value that this CPU alone writes; `bucket` is in bounds.
     unsafe {
-        add_u32((&raw mut (*row).buckets).cast::<u32>().add(bucket), 1 << shift);
-        add_u64(&raw mut (*row).wait_ns, wait << shift);
-        add_u32(&raw mut (*row).count, 1 << shift);
+        add_u32((&raw mut (*row).buckets).cast::<u32>().add(bucket), weight(shift));
+        add_u64(&raw mut (*row).wait_ns, wait * u64::from(weight(shift)));
+        add_u32(&raw mut (*row).count, weight(shift));
     }
     Some(())
 }

@@ -1,9 +1,11 @@
 //! Loads the probes and owns their maps: one object and one file here per probe family. The
 //! only room that names aya.
 
+mod cost;
 mod floor;
 mod runq;
 
+pub use cost::{Cost, CostMeter, Runs};
 pub use floor::Floor;
 pub use runq::{RunqProbe, SCHED_SWITCH, Sizes};
 

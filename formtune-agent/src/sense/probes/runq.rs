@@ -1,6 +1,6 @@
 //! The run-queue probe.
 
-use super::{CgroupTable, Kernel, ProbeError, attach, load, take};
+use super::{CgroupTable, Kernel, ProbeError, Runs, attach, load, take};
 use crate::sense::runq::SlotRows;
 use crate::vm::CgroupVersion;
 use aya::maps::{Array, Map, MapData};
@@ -60,7 +60,7 @@ pub struct RunqProbe {
     #[cfg(debug_assertions)]
     log: Option<aya_log::EbpfLogger<super::Log>>,
     /// Holds program and link.
-    _ebpf: Ebpf,
+    ebpf: Ebpf,
 }
 
 impl RunqProbe {
@@ -109,10 +109,10 @@ impl RunqProbe {
             cpus: sizes.cpus,
             #[cfg(debug_assertions)]
             log,
-            _ebpf: ebpf,
+            ebpf,
         };
         probe.control(control)?;
-        attach(&mut probe._ebpf, kernel, SCHED_SWITCH, SCHED_SWITCH)?;
+        attach(&mut probe.ebpf, kernel, SCHED_SWITCH, SCHED_SWITCH)?;
         Ok(probe)
     }
 
@@ -122,6 +122,11 @@ impl RunqProbe {
     /// If the map cannot be written, which a map of this kind always can.
     pub fn control(&mut self, control: Control) -> Result<(), ProbeError> {
         Ok(self.control.set(0, control, 0).map_err(aya::EbpfError::from)?)
+    }
+
+    /// What its program has cost so far.
+    pub fn runs(&self) -> Runs {
+        self.ebpf.program(SCHED_SWITCH).map_or_else(Runs::default, Runs::of)
     }
 
     /// Maps the rows of a slot.
