@@ -3,7 +3,6 @@
 use crate::knob::KnobCgroup;
 use anyhow::{Context, Result};
 use std::fs;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,26 @@ pub struct Contention {
 
 #[derive(Debug)]
 struct Load(Vec<(String, Child)>);
+
+/// A configuration under which the agent acts at once on the contention `name`: a promise
+/// that any wait breaks, and a victim entitled to nearly all, so that its neighbours are to
+/// blame however little the rest of a busy machine leaves them. `others` are blamed as the
+/// neighbours are; VMs that are not ours have a higher priority, hence are left alone.
+/// `libvirt` is a URI or `off`.
+pub fn eager(name: &str, libvirt: &str, others: &[&str]) -> String {
+    let neighbours = [&["loud", "noisy"], others].concat();
+    format!(
+        "libvirt = \"{libvirt}\"\nlisten = \"off\"\ntick = \"100ms\"\n\
+         cgroups = [\"{name}/{{name}}\"]\ncpu.cooldown = \"500ms\"\n\
+         [classes.default]\nslo = \"off\"\npriority = \"high\"\n\
+         [classes.neighbour]\npriority = \"normal\"\n\
+         [classes.victim]\npriority = \"normal\"\ncpu_weight = 10000\n\
+         [classes.victim.slo]\nquantile = 0.5\nthreshold = \"2us\"\nwindow = \"500ms\"\n\
+         min_samples = 5\n\
+         [[rules]]\nvms = [\"victim\"]\nclass = \"victim\"\n\
+         [[rules]]\nvms = {neighbours:?}\nclass = \"neighbour\"\n"
+    )
+}
 
 impl Contention {
     /// `name` must be unique on the machine.
@@ -68,29 +87,10 @@ impl Contention {
         self.vms.retain(|cgroup| !cgroup.path().ends_with(vm));
     }
 
-    /// The pattern by which the agent finds these VMs.
-    pub fn pattern(&self) -> String {
-        let name = self.parent.path().file_name().unwrap_or_default();
-        format!("{}/{{name}}", Path::new(name).display())
-    }
-
-    /// A configuration under which the agent acts on this contention at once: a promise that
-    /// any wait breaks, and a victim entitled to nearly all, so that its neighbours are to
-    /// blame however little the rest of a busy machine leaves them. VMs that are not ours
-    /// have a higher priority, hence are left alone.
+    /// The configuration under which the agent acts on this contention at once; see [`eager`].
     pub fn eager(&self) -> String {
-        format!(
-            "libvirt = \"off\"\nlisten = \"off\"\ntick = \"100ms\"\ncgroups = [\"{}\"]\n\
-             cpu.cooldown = \"500ms\"\n\
-             [classes.default]\nslo = \"off\"\npriority = \"high\"\n\
-             [classes.neighbour]\npriority = \"normal\"\n\
-             [classes.victim]\npriority = \"normal\"\ncpu_weight = 10000\n\
-             [classes.victim.slo]\nquantile = 0.5\nthreshold = \"2us\"\nwindow = \"500ms\"\n\
-             min_samples = 5\n\
-             [[rules]]\nvms = [\"victim\"]\nclass = \"victim\"\n\
-             [[rules]]\nvms = [\"loud\", \"noisy\"]\nclass = \"neighbour\"\n",
-            self.pattern()
-        )
+        let name = self.parent.path().file_name().unwrap_or_default();
+        eager(&name.to_string_lossy(), "off", &[])
     }
 
     /// Raw values of the knobs.

@@ -6,3 +6,4 @@ pub mod knob;
 pub mod libvirtd;
 pub mod payload;
 pub mod vm_cgroup;
+pub mod wait;

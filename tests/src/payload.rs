@@ -1,6 +1,7 @@
 //! What the programs that run inside test machines share: checks that print one line of
 //! JSON each, and the agent as a process.
 
+use crate::wait::eventually;
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -9,7 +10,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The victim is promised what it cannot have beside a spinning neighbour on one CPU, and the
 /// neighbour is entitled to less than it uses.
@@ -60,27 +61,6 @@ impl Checks {
     /// 0 when all passed.
     pub fn exit_code(self) -> ExitCode {
         if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-    }
-}
-
-/// Asks again and again until there is an answer.
-///
-/// # Errors
-/// When `ask` fails, or there is none within `limit`: the message names `what`.
-pub fn eventually<T>(
-    limit: Duration,
-    what: &str,
-    mut ask: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
-    let start = Instant::now();
-    loop {
-        if let Some(answer) = ask()? {
-            return Ok(answer);
-        }
-        if start.elapsed() > limit {
-            bail!("no {what} within {} s", limit.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -3,7 +3,7 @@
 #![cfg(feature = "libvirt")]
 
 use formtune_tests::agent::Site;
-use formtune_tests::contention::Contention;
+use formtune_tests::contention::{Contention, eager};
 use formtune_tests::libvirtd::Libvirtd;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -42,10 +42,7 @@ fn observe_and_shadow_write_nothing_and_enforce_is_seen_to() {
     libvirtd.start_spinning(&domain).unwrap();
     let contention = Contention::start(&name).unwrap();
     // The domain is one of the neighbours that are to blame.
-    let eager = contention
-        .eager()
-        .replace("\"off\"\nlisten", &format!("\"{}\"\nlisten", libvirtd.uri()))
-        .replace("\"noisy\"]", &format!("\"noisy\", \"{domain}\"]"));
+    let eager = eager(&name, &libvirtd.uri(), &[&domain]);
     let site = Site::new(&eager).unwrap();
     let originals = contention.raw();
 

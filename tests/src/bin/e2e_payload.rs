@@ -3,7 +3,8 @@
 //! kernel for what came of it.
 
 use anyhow::{Context, Result, bail, ensure};
-use formtune_tests::payload::{Agent, CONTENDED, Checks, eventually};
+use formtune_tests::payload::{Agent, CONTENDED, Checks};
+use formtune_tests::wait::eventually;
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
