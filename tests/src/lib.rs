@@ -5,5 +5,6 @@ pub mod contention;
 pub mod knob;
 pub mod libvirtd;
 pub mod payload;
+pub mod sensing;
 pub mod vm_cgroup;
 pub mod wait;

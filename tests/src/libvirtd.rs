@@ -7,6 +7,8 @@
 //! (a socket path holds 107 bytes).
 
 use anyhow::{Context, Result, bail, ensure};
+use formtune_agent::sense::cgroup::Hierarchies;
+use formtune_agent::vm::CgroupVersion;
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -180,11 +182,30 @@ impl Libvirtd {
         self.virsh_ok(&["destroy", name]).map(drop)
     }
 
-    /// The cgroup of a running domain in the v1 `cpu` hierarchy, in the layout that libvirt
-    /// makes where no systemd runs.
+    /// The cgroup at which a running domain competes for CPU: the one that libvirt named
+    /// after it, as its QEMU sees it (proc(5), `/proc/PID/cgroup`).
     pub fn cpu_cgroup(&self, name: &str) -> Result<PathBuf> {
-        let id = self.virsh_ok(&["domid", name])?;
-        Ok(PathBuf::from(format!("/sys/fs/cgroup/cpu/machine/qemu-{id}-{name}.libvirt-qemu")))
+        let file = self.dir.join(format!("run/qemu/{name}.pid"));
+        let pid = fs::read_to_string(&file)
+            .with_context(|| format!("failed to read {}", file.display()))?;
+        let hierarchies = Hierarchies::find(Path::new("/sys/fs/cgroup"))?;
+        let groups = fs::read_to_string(format!("/proc/{}/cgroup", pid.trim()))?;
+        // `3:cpu,cpuacct:/machine/qemu-1-a.libvirt-qemu/emulator`; on v2 `0::/machine/…`
+        let own = groups.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            let ours = match hierarchies.version {
+                CgroupVersion::V1 => controllers.split(',').any(|name| name == "cpu"),
+                CgroupVersion::V2 => controllers.is_empty(),
+            };
+            ours.then_some(path)
+        });
+        let machine = own.and_then(|path| {
+            Path::new(path).ancestors().find(|dir| {
+                dir.extension().is_some_and(|end| end == "libvirt-qemu" || end == "scope")
+            })
+        });
+        let machine = machine.with_context(|| format!("{name} has no machine in {groups:?}"))?;
+        Ok(hierarchies.cpu.join(machine.strip_prefix("/")?))
     }
 }
 
