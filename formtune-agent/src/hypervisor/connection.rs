@@ -293,13 +293,14 @@ impl Worker {
     fn run(mut self, inbox: &Receiver<Message>, opened: &Sender<Result<(), String>>) {
         let mut connection = None;
         match self.open() {
-            Ok(opened_now) => connection = Some(opened_now),
+            Ok(opened_now) => {
+                connection = Some(opened_now);
+                // Whoever gave up waiting for it may have subscribed meanwhile. Whoever still
+                // waits has not, and is not told of what never broke.
+                self.shared.publish(&DomainEvent::Reconnected);
+                let _ = opened.send(Ok(()));
+            }
             Err(error) => drop(opened.send(Err(one_line(&error)))),
-        }
-        if connection.is_some() {
-            let _ = opened.send(Ok(()));
-            // Whoever gave up waiting for it may have subscribed meanwhile.
-            self.shared.publish(&DomainEvent::Reconnected);
         }
         let mut backoff = BACKOFF_MIN;
         let mut retry_at = Instant::now() + backoff;
