@@ -18,19 +18,25 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub fn program() -> PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     let program = PROGRAM.get_or_init(|| {
-        // target/debug/deps/this_test-0123 -> target/debug
-        let test = std::env::current_exe().expect("the test has a path");
-        let folder = test.parent().and_then(Path::parent).expect("it lies in target/*/deps");
         if let Some(cargo) = std::env::var_os("CARGO") {
             let built = Command::new(cargo)
                 .args(["build", "--quiet", "--package", "formtune-agent", "--bin", "formtune"])
                 .status();
             assert!(built.is_ok_and(|status| status.success()), "formtune does not build");
         }
-        folder.join("formtune")
+        build_folder().join("formtune")
     });
     assert!(program.exists(), "{} is missing: cargo build", program.display());
     program.clone()
+}
+
+/// Where the program lies: `target/debug` for a test `target/debug/deps/NAME-0123`.
+///
+/// # Panics
+/// If the running program has no such path.
+pub fn build_folder() -> PathBuf {
+    let test = std::env::current_exe().expect("the test has a path");
+    test.parent().and_then(Path::parent).expect("it lies in target/*/deps").to_owned()
 }
 
 /// A folder with a configuration; everything an agent of it writes is below.

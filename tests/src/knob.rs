@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use formtune_agent::act::weight_of;
+use formtune_agent::sense::cgroup::Hierarchies;
 use formtune_agent::vm::{CgroupVersion, Owner, Vm};
 use formtune_core::plan::{Knob, Reason, Setpoint};
 use formtune_core::policy::Mode;
@@ -15,28 +16,24 @@ use std::path::{Path, PathBuf};
 pub struct KnobCgroup {
     path: PathBuf,
     version: CgroupVersion,
+    /// See [`pin`].
+    pin: Option<PathBuf>,
 }
 
 impl KnobCgroup {
     /// Makes `name`, which must be unique on the machine, below the hierarchy's root.
     pub fn make(name: &str) -> Result<Self> {
-        let v1 = Path::new("/sys/fs/cgroup/cpu");
-        let (root, version) = if v1.join("cpu.shares").exists() {
-            (v1, CgroupVersion::V1)
-        } else {
-            (Path::new("/sys/fs/cgroup"), CgroupVersion::V2)
-        };
-        if version == CgroupVersion::V2 {
-            fs::write(root.join("cgroup.subtree_control"), "+cpu")
-                .context("failed to enable the cpu controller")?;
-        }
+        let hierarchies = Hierarchies::find(Path::new("/sys/fs/cgroup"))?;
+        let (root, version) = (hierarchies.cpu, hierarchies.version);
         let path = root.join(name);
-        let parent = path.parent().unwrap_or(root);
-        if version == CgroupVersion::V2 && parent != root {
-            fs::write(parent.join("cgroup.subtree_control"), "+cpu")?;
-        }
+        let parent = path.parent().unwrap_or(&root);
+        let pin = match version {
+            CgroupVersion::V2 if parent == root => Some(pin(&root, name)?),
+            CgroupVersion::V2 => switch_on_below(parent).map(|()| None)?,
+            CgroupVersion::V1 => None,
+        };
         fs::create_dir(&path).with_context(|| format!("failed to make {}", path.display()))?;
-        Ok(Self { path, version })
+        Ok(Self { path, version, pin })
     }
 
     /// The directory.
@@ -46,10 +43,7 @@ impl KnobCgroup {
 
     /// The interface file.
     pub fn file(&self) -> PathBuf {
-        self.path.join(match self.version {
-            CgroupVersion::V1 => "cpu.shares",
-            CgroupVersion::V2 => "cpu.weight",
-        })
+        self.path.join(file_name(self.version))
     }
 
     /// Raw value.
@@ -94,7 +88,32 @@ impl KnobCgroup {
 impl Drop for KnobCgroup {
     fn drop(&mut self) {
         let _ = fs::remove_dir(&self.path);
+        let _ = self.pin.as_ref().map(fs::remove_dir);
     }
+}
+
+/// Name of the interface file.
+pub fn file_name(version: CgroupVersion) -> &'static str {
+    match version {
+        CgroupVersion::V1 => "cpu.shares",
+        CgroupVersion::V2 => "cpu.weight",
+    }
+}
+
+/// Keeps the `cpu` controller switched on below the root of a v2 hierarchy, by a cgroup that
+/// passes it on in turn. systemd switches it off whenever it starts a unit and none of its own
+/// needs it, and the kernel refuses that while somebody passes it on.
+fn pin(root: &Path, name: &str) -> Result<PathBuf> {
+    switch_on_below(root)?;
+    let pin = root.join(format!("{name}.pin"));
+    fs::create_dir(&pin).with_context(|| format!("failed to make {}", pin.display()))?;
+    switch_on_below(&pin)?;
+    Ok(pin)
+}
+
+fn switch_on_below(cgroup: &Path) -> Result<()> {
+    fs::write(cgroup.join("cgroup.subtree_control"), "+cpu")
+        .with_context(|| format!("failed to enable the cpu controller in {}", cgroup.display()))
 }
 
 /// A setpoint to be written.

@@ -5,6 +5,9 @@
 //! and finds its domains. Domain names must be unique on the machine: every daemon numbers
 //! its domains from 1 and all share one cgroup file system. The folder's path must be short
 //! (a socket path holds 107 bytes).
+//!
+//! A daemon without D-Bus makes the cgroups itself, in the layout of a host without systemd,
+//! on v1 as on v2; systemd, where it runs, leaves them alone.
 
 use anyhow::{Context, Result, bail, ensure};
 use formtune_agent::sense::cgroup::Hierarchies;
@@ -27,13 +30,13 @@ pub struct Libvirtd {
 }
 
 impl Libvirtd {
-    /// Starts a daemon with its state below `dir`. `cache` keeps what it learns of QEMU
-    /// and may be shared by daemons that do not start at the same time.
-    pub fn start(dir: &Path, cache: &Path) -> Result<Self> {
+    /// Starts a daemon with its state below `dir`.
+    pub fn start(dir: &Path) -> Result<Self> {
+        let cache = cache();
         for folder in ["etc", "lib", "log", "run"] {
             fs::create_dir_all(dir.join(folder))?;
         }
-        fs::create_dir_all(cache)?;
+        fs::create_dir_all(&cache)?;
         for system in ["/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt"]
         {
             fs::create_dir_all(system).with_context(|| format!("failed to make {system}"))?;
@@ -54,7 +57,7 @@ impl Libvirtd {
                 dir.join("log/libvirtd.log").display(),
             ),
         )?;
-        let mut daemon = Self { child: None, dir: dir.to_owned(), cache: cache.to_owned() };
+        let mut daemon = Self { child: None, dir: dir.to_owned(), cache };
         daemon.restart()?;
         Ok(daemon)
     }
@@ -64,7 +67,7 @@ impl Libvirtd {
         ensure!(self.child.is_none(), "libvirtd runs already");
         // /run is private, so libvirt finds neither D-Bus nor another daemon's files.
         let script = "set -e\n\
-             hostname formtune-test\n\
+             echo formtune-test > /proc/sys/kernel/hostname\n\
              mount --bind \"$D/etc\" /etc/libvirt\n\
              mount --bind \"$D/lib\" /var/lib/libvirt\n\
              mount --bind \"$D/log\" /var/log/libvirt\n\
@@ -206,6 +209,16 @@ impl Libvirtd {
         });
         let machine = machine.with_context(|| format!("{name} has no machine in {groups:?}"))?;
         Ok(hierarchies.cpu.join(machine.strip_prefix("/")?))
+    }
+}
+
+/// What libvirtd learns of QEMU, which takes it 8 s: kept by the target folder and shared by
+/// daemons, which must not start at the same time. `FORMTUNE_LIBVIRT_CACHE` names another
+/// folder.
+fn cache() -> PathBuf {
+    match std::env::var_os("FORMTUNE_LIBVIRT_CACHE") {
+        Some(folder) => folder.into(),
+        None => crate::agent::build_folder().join("libvirt-cache"),
     }
 }
 

@@ -30,15 +30,16 @@ fn set(act: &mut Act, knob: &KnobCgroup, to: u32, plan_seq: u64) -> OutcomeResul
 fn applies_and_restores_the_raw_original() {
     let state = tempfile::tempdir().unwrap();
     let knob = knob("raw");
-    // No weight converts to 1000 shares: only the raw value can bring it back.
+    // On v1 no weight converts to 1000 shares: only the raw value can bring it back.
     knob.set_raw(1000);
+    let original = knob.weight();
     let mut act = open(state.path());
     assert_eq!(set(&mut act, &knob, 200, 1), applied(200));
     assert_eq!(knob.weight().get(), 200);
-    assert_eq!(act.original(&knob.vm().id), Some(Weight::new(98).unwrap()));
+    assert_eq!(act.original(&knob.vm().id), Some(original));
     assert_eq!(set(&mut act, &knob, 200, 2), OutcomeResult::Unchanged);
     // Back to the original weight means back to the raw original.
-    assert_eq!(set(&mut act, &knob, 98, 3), applied(98));
+    assert_eq!(set(&mut act, &knob, original.get(), 3), applied(original.get()));
     assert_eq!(knob.raw(), 1000);
     assert_eq!(set(&mut act, &knob, 50, 4), applied(50));
 

@@ -1,25 +1,22 @@
 //! The libvirt connection against a real libvirtd with a real QEMU domain.
 #![cfg(feature = "libvirt")]
 
-use formtune_agent::act::{Act, RestoreResult, restore, weight_of};
+use formtune_agent::act::{Act, RestoreResult, raw_of, restore, weight_of};
 use formtune_agent::hypervisor::{CALL_LIMIT, DomainEvent, Hypervisor, HypervisorError};
+use formtune_agent::sense::cgroup::Hierarchies;
 use formtune_agent::vm::{CgroupVersion, Owner, Vm};
 use formtune_core::plan::OutcomeResult;
 use formtune_core::units::{VmId, Weight};
-use formtune_tests::knob::setpoint;
+use formtune_tests::knob::{file_name, setpoint};
 use formtune_tests::libvirtd::Libvirtd;
+use formtune_tests::wait;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What libvirtd learns of QEMU, which takes it 8 s: shared by the tests of this file.
-fn libvirt_cache() -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-cache")
-}
-
-/// One test after another, because of that folder.
+/// One test after another: the daemons share what they learn of QEMU.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -39,22 +36,24 @@ fn next(events: &Receiver<DomainEvent>) -> DomainEvent {
     events.recv_timeout(Duration::from_secs(30)).expect("an event within 30 s")
 }
 
-fn until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
-    let begin = Instant::now();
-    loop {
-        if let Some(found) = check() {
-            return found;
-        }
-        assert!(begin.elapsed() < Duration::from_secs(30), "not within 30 s: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+fn until<T>(what: &str, check: impl FnMut() -> Option<T>) -> T {
+    wait::until(Duration::from_secs(30), what, check)
+}
+
+fn version() -> CgroupVersion {
+    Hierarchies::find(Path::new("/sys/fs/cgroup")).unwrap().version
+}
+
+/// What libvirt calls `cpu_shares` for a weight: the kernel's raw value of either version.
+fn shares(weight: u32) -> u64 {
+    raw_of(version(), Weight::new(weight).unwrap())
 }
 
 #[test]
 fn lists_hears_reads_and_sets_across_a_restart_of_libvirtd() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
-    let mut daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
+    let mut daemon = Libvirtd::start(dir.path()).unwrap();
     let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
     let events = libvirt.subscribe();
     assert_eq!(libvirt.domains().unwrap(), []);
@@ -67,8 +66,8 @@ fn lists_hears_reads_and_sets_across_a_restart_of_libvirtd() {
     assert_eq!((listed[0].name.as_str(), listed[0].vcpus), (name.as_str(), 1));
     assert_eq!(listed[0].uuid.len(), 36);
 
-    let shares = daemon.cpu_cgroup(&name).unwrap().join("cpu.shares");
-    let read = || std::fs::read_to_string(&shares).unwrap().trim().parse::<u64>().unwrap();
+    let knob = daemon.cpu_cgroup(&name).unwrap().join(file_name(version()));
+    let read = || std::fs::read_to_string(&knob).unwrap().trim().parse::<u64>().unwrap();
     assert_eq!(libvirt.cpu_shares(&name).unwrap(), read());
     libvirt.set_cpu_shares(&name, 2000).unwrap();
     assert_eq!((libvirt.cpu_shares(&name).unwrap(), read()), (2000, 2000));
@@ -101,7 +100,7 @@ fn lists_hears_reads_and_sets_across_a_restart_of_libvirtd() {
 fn a_hung_libvirtd_costs_one_limit_and_then_nothing() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
-    let daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
+    let daemon = Libvirtd::start(dir.path()).unwrap();
     let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
     signal(&daemon, nix::sys::signal::Signal::SIGSTOP);
 
@@ -130,7 +129,7 @@ fn no_libvirtd_is_one_clear_line() {
 /// A real domain whose knob is changed through libvirt.
 struct Domain {
     name: String,
-    shares: PathBuf,
+    knob: PathBuf,
     vm: Vm,
 }
 
@@ -145,18 +144,18 @@ impl Domain {
             vcpus: 1,
             owner: Owner::Libvirt { domain: name.clone() },
             cgroup_id: std::fs::metadata(&cgroup).unwrap().ino(),
-            cgroup_version: CgroupVersion::V1,
+            cgroup_version: version(),
             cgroup: cgroup.clone(),
         };
-        Self { name, shares: cgroup.join("cpu.shares"), vm }
+        Self { name, knob: cgroup.join(file_name(version())), vm }
     }
 
     fn raw(&self) -> u64 {
-        std::fs::read_to_string(&self.shares).unwrap().trim().parse().unwrap()
+        std::fs::read_to_string(&self.knob).unwrap().trim().parse().unwrap()
     }
 
     fn set(&self, act: &mut Act, to: u32, plan_seq: u64) -> OutcomeResult {
-        let from = weight_of(CgroupVersion::V1, self.raw());
+        let from = weight_of(version(), self.raw());
         act.execute(&self.vm, &setpoint(&self.vm, from, to), plan_seq).result
     }
 }
@@ -170,18 +169,18 @@ fn weights_go_through_libvirt_and_come_back_without_it() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let state = tempfile::tempdir().unwrap();
-    let mut daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
+    let mut daemon = Libvirtd::start(dir.path()).unwrap();
     let domain = Domain::start(&daemon, "w");
     let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
     libvirt.set_cpu_shares(&domain.name, 1000).unwrap();
     let (mut act, _) = Act::open(state.path(), Some(libvirt.clone())).unwrap();
     assert_eq!(domain.set(&mut act, 200, 1), applied(200));
-    assert_eq!(libvirt.cpu_shares(&domain.name).unwrap(), 2048);
+    assert_eq!(libvirt.cpu_shares(&domain.name).unwrap(), shares(200));
 
     // Killed agent, next start.
     drop(act);
     let (mut act, report) = Act::open(state.path(), Some(libvirt.clone())).unwrap();
-    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: 2048 });
+    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: shares(200) });
     assert_eq!(libvirt.cpu_shares(&domain.name).unwrap(), 1000);
 
     // Killed agent and killed libvirtd: the cgroup is written, as libvirt would have.
@@ -190,10 +189,10 @@ fn weights_go_through_libvirt_and_come_back_without_it() {
     until("libvirt's end noticed", || libvirt.domains().err());
     let refused = domain.set(&mut act, 400, 2);
     assert!(matches!(refused, OutcomeResult::Refused { .. }), "{refused:?}");
-    assert_eq!(domain.raw(), 3072);
+    assert_eq!(domain.raw(), shares(300));
     drop(act);
     let report = restore(state.path(), || None).unwrap();
-    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: 3072 });
+    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: shares(300) });
     assert_eq!(domain.raw(), 1000);
     daemon.restart().unwrap();
     assert_eq!(until("cpu_shares again", || libvirt.cpu_shares(&domain.name).ok()), 1000);
@@ -202,14 +201,14 @@ fn weights_go_through_libvirt_and_come_back_without_it() {
     let (mut act, _) = Act::open(state.path(), Some(libvirt.clone())).unwrap();
     assert_eq!(domain.set(&mut act, 200, 1), applied(200));
     daemon.virsh_ok(&["schedinfo", &domain.name, "--live", "--set", "cpu_shares=777"]).unwrap();
-    let found = weight_of(CgroupVersion::V1, 777);
+    let found = weight_of(version(), 777);
     assert_eq!(domain.set(&mut act, 300, 2), OutcomeResult::Yielded { found });
     assert_eq!(act.restore_all().knobs, []);
     assert_eq!(domain.raw(), 777);
 
     // The domain ends between decision and write.
     daemon.destroy(&domain.name).unwrap();
-    until("the cgroup's end", || (!domain.shares.exists()).then_some(()));
+    until("the cgroup's end", || (!domain.knob.exists()).then_some(()));
     let decided = setpoint(&domain.vm, found, 300);
     let outcome = act.execute(&domain.vm, &decided, 3).result;
     let OutcomeResult::Refused { why } = outcome else { panic!("{outcome:?}") };
@@ -221,7 +220,7 @@ fn a_write_that_a_hung_libvirt_makes_late_is_still_undone() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let state = tempfile::tempdir().unwrap();
-    let daemon = Libvirtd::start(dir.path(), &libvirt_cache()).unwrap();
+    let daemon = Libvirtd::start(dir.path()).unwrap();
     let domain = Domain::start(&daemon, "late");
     let original = domain.raw();
     let libvirt = Hypervisor::connect(&daemon.uri()).unwrap();
@@ -236,9 +235,9 @@ fn a_write_that_a_hung_libvirt_makes_late_is_still_undone() {
     drop(act);
 
     signal(&daemon, nix::sys::signal::Signal::SIGCONT);
-    until("the late write", || (domain.raw() == 2048).then_some(()));
+    until("the late write", || (domain.raw() == shares(200)).then_some(()));
     let libvirt = until("libvirt again", || Hypervisor::connect(&daemon.uri()).ok());
     let (_, report) = Act::open(state.path(), Some(libvirt)).unwrap();
-    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: 2048 });
+    assert_eq!(report.restored.knobs[0].result, RestoreResult::Restored { from: shares(200) });
     assert_eq!(domain.raw(), original);
 }

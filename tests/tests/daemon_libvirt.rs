@@ -8,7 +8,6 @@ use formtune_tests::libvirtd::Libvirtd;
 use formtune_tests::wait::until;
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::path::Path;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -16,8 +15,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 #[test]
 fn a_libvirtd_that_comes_after_the_agent_gets_its_domains() {
     let dir = tempfile::Builder::new().prefix("ft-").tempdir().unwrap();
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-cache-daemon");
-    let mut libvirtd = Libvirtd::start(dir.path(), &cache).unwrap();
+    let mut libvirtd = Libvirtd::start(dir.path()).unwrap();
     let domain = format!("ft-daemon-late-{}", std::process::id());
     libvirtd.start_spinning(&domain).unwrap();
     let uuid = libvirtd.virsh_ok(&["domuuid", &domain]).unwrap();

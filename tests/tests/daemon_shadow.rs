@@ -7,7 +7,6 @@ use formtune_tests::contention::{Contention, eager};
 use formtune_tests::libvirtd::Libvirtd;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -36,8 +35,7 @@ struct Seen {
 fn observe_and_shadow_write_nothing_and_enforce_is_seen_to() {
     let name = format!("ft-daemon-shadow-{}", std::process::id());
     let dir = tempfile::Builder::new().prefix("ft-").tempdir().unwrap();
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-cache-daemon");
-    let libvirtd = Libvirtd::start(dir.path(), &cache).unwrap();
+    let libvirtd = Libvirtd::start(dir.path()).unwrap();
     let domain = format!("ft-daemon-dom-{}", std::process::id());
     libvirtd.start_spinning(&domain).unwrap();
     let contention = Contention::start(&name).unwrap();

@@ -3,7 +3,7 @@
 use formtune_agent::sense::Sense;
 use formtune_agent::vm::Owner;
 use formtune_core::units::VmId;
-use formtune_tests::sensing::{IN_TIME, Sensing, in_time};
+use formtune_tests::sensing::{Sensing, in_time};
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -57,7 +57,7 @@ fn a_vm_that_starts_is_measured_and_one_that_stops_is_gone() {
     assert!(!sensing.sample().vms.contains_key(&id));
     let gone = |sense: &Sense| !sense.vms().contains_key(&id);
     // Events, not scans, which come every 30 s.
-    let samples = in_time(|attempt| {
+    in_time("VM starts", |attempt| {
         if attempt > 0 {
             folder.stop(name);
             sensing.until("a gone", gone);
@@ -65,15 +65,13 @@ fn a_vm_that_starts_is_measured_and_one_that_stops_is_gone() {
         folder.start(name);
         sensing.until("a found", |sense| sense.cgroups(&id) == Some(4))
     });
-    println!("measured after {samples} samples of 250 ms");
-    assert!(samples <= IN_TIME, "{samples} samples");
     let vm = sensing.sense.vms()[&id].clone();
     assert_eq!((vm.owner.clone(), vm.vcpus), (Owner::Cgroup, 1));
     assert_eq!(vm.cgroup, folder.0.join(name));
 
     // A vCPU that is plugged in later, and one that is pulled.
     let vcpu1 = folder.0.join(name).join("libvirt/vcpu1");
-    let samples = in_time(|attempt| {
+    in_time("vCPU is plugged in", |attempt| {
         if attempt > 0 {
             std::fs::remove_dir(&vcpu1).unwrap();
             sensing.until("vcpu1 gone", |sense| sense.cgroups(&id) == Some(4));
@@ -81,12 +79,11 @@ fn a_vm_that_starts_is_measured_and_one_that_stops_is_gone() {
         std::fs::create_dir(&vcpu1).unwrap();
         sensing.until("vcpu1 found", |sense| sense.cgroups(&id) == Some(5))
     });
-    assert!(samples <= IN_TIME, "{samples} samples");
     assert_eq!(sensing.sense.vms()[&id].vcpus, 2);
     std::fs::remove_dir(&vcpu1).unwrap();
     sensing.until("vcpu1 gone", |sense| sense.cgroups(&id) == Some(4));
 
-    let samples = in_time(|attempt| {
+    in_time("VM stops", |attempt| {
         if attempt > 0 {
             folder.start(name);
             sensing.until("a found", |sense| sense.cgroups(&id) == Some(4));
@@ -94,7 +91,6 @@ fn a_vm_that_starts_is_measured_and_one_that_stops_is_gone() {
         folder.stop(name);
         sensing.until("a gone", gone)
     });
-    assert!(samples <= IN_TIME, "{samples} samples");
     sensing.nothing_left_over();
     assert!(sensing.sense.runq(&id).is_none());
 }

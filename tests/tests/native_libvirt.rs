@@ -9,7 +9,6 @@ use formtune_core::units::VmId;
 use formtune_tests::libvirtd::Libvirtd;
 use formtune_tests::sensing::{IN_TIME, Sensing, in_time};
 use formtune_tests::wait::until;
-use std::path::Path;
 use std::time::Duration;
 
 /// What the senses know of a VM, once it is measured and libvirt has said what it is.
@@ -22,8 +21,7 @@ fn measured<'a>(sense: &'a Sense, id: &VmId) -> Option<&'a Vm> {
 #[test]
 fn a_domain_is_measured_in_time_keeps_its_name_and_leaves_nothing() {
     let dir = tempfile::Builder::new().prefix("ft-").tempdir().unwrap();
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-cache-native");
-    let mut libvirtd = Libvirtd::start(dir.path(), &cache).unwrap();
+    let mut libvirtd = Libvirtd::start(dir.path()).unwrap();
     let hypervisor = Hypervisor::connect(&libvirtd.uri()).unwrap();
     let mut sensing = Sensing::open(&[], 64, Some(hypervisor.clone()));
     // Its cgroup has no underscore, and with systemd the dashes are escaped.
@@ -32,7 +30,8 @@ fn a_domain_is_measured_in_time_keeps_its_name_and_leaves_nothing() {
     let known = sensing.sense.health().domains_without_cgroup;
     let gone = |sense: &Sense| !sense.vms().contains_key(&id);
 
-    let samples = in_time(|attempt| {
+    // From the return of `virsh create`.
+    in_time("domain starts", |attempt| {
         if attempt > 0 {
             libvirtd.destroy(name).unwrap();
             sensing.until("domain gone", gone);
@@ -40,8 +39,6 @@ fn a_domain_is_measured_in_time_keeps_its_name_and_leaves_nothing() {
         libvirtd.start_spinning(name).unwrap();
         sensing.until("domain measured", |sense| measured(sense, &id).is_some())
     });
-    println!("measured {samples} samples of 250 ms after `virsh create` returned");
-    assert!(samples <= IN_TIME, "{samples} samples");
     let vm = measured(&sensing.sense, &id).unwrap().clone();
     assert_eq!(vm.uuid, libvirtd.virsh_ok(&["domuuid", name]).ok());
     assert_eq!((&vm.cgroup, vm.vcpus), (&libvirtd.cpu_cgroup(name).unwrap(), 1));

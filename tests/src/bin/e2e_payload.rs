@@ -1,15 +1,17 @@
 //! Runs inside a machine with systemd and libvirt (`cargo xtask test --only e2e`): two guests
 //! spin on one CPU, the real agent shifts their weights, and each check asks libvirt and the
-//! kernel for what came of it.
+//! kernel for what came of it. Then native tests are run on this machine's pure cgroup v2.
 
 use anyhow::{Context, Result, bail, ensure};
+use formtune_agent::sense::cgroup::Hierarchies;
+use formtune_agent::vm::CgroupVersion;
 use formtune_tests::payload::{Agent, CONTENDED, Checks};
 use formtune_tests::wait::eventually;
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Names with a dash, which systemd escapes in its scopes.
 const VICTIM: &str = "web-1";
@@ -18,6 +20,12 @@ const NEIGHBOUR: &str = "batch-1";
 const DISKS: &str = "/var/lib/libvirt/images";
 const STATE: &str = "/var/lib/formtune-test";
 const AGENT: &str = "/run/payload/formtune";
+/// Test programs, which find the agent one folder above.
+const TESTS: &str = "/run/payload/tests";
+/// Where they may write: short, and not below `/run`, which their libvirtd hides.
+const TEST_FILES: &str = "/var/tmp";
+/// What this machine's libvirtd has learnt of QEMU.
+const LIBVIRT_CACHE: &str = "/var/cache/libvirt";
 
 fn settings(mode: &str) -> String {
     format!("[mode]\ncpu_weight = \"{mode}\"\n{CONTENDED}")
@@ -79,6 +87,15 @@ fn main() -> ExitCode {
         originals()?;
         Ok(format!("{set:?} before, {:?} after", weights()?))
     });
+    checks.run("guests end", || {
+        for name in [VICTIM, NEIGHBOUR] {
+            run("virsh", &["destroy", name])?;
+        }
+        Ok("their CPU is free".to_owned())
+    });
+    for test in tests() {
+        checks.run(&test.file_name().unwrap_or_default().to_string_lossy(), || native(&test));
+    }
     checks.exit_code()
 }
 
@@ -111,6 +128,40 @@ fn shadow() -> Result<String> {
     .with_context(|| agent.log_tail())?;
     ensure!(!changed()?, "weights are {:?}", weights()?);
     Ok(format!("decided {decided}, wrote nothing"))
+}
+
+/// The test programs, in order.
+fn tests() -> Vec<PathBuf> {
+    let mut tests: Vec<_> =
+        fs::read_dir(TESTS).into_iter().flatten().flatten().map(|file| file.path()).collect();
+    tests.sort();
+    tests
+}
+
+/// Runs one on a machine that has no other hierarchy than v2.
+fn native(test: &Path) -> Result<String> {
+    let hierarchies = Hierarchies::find(Path::new("/sys/fs/cgroup"))?;
+    ensure!(hierarchies.version == CgroupVersion::V2, "{hierarchies:?}");
+    // The system's daemon goes on using its own.
+    let cache = Path::new(TEST_FILES).join("libvirt-cache");
+    if !cache.exists() {
+        run("cp", &["--archive", LIBVIRT_CACHE, &cache.display().to_string()])?;
+    }
+    let start = Instant::now();
+    let out = Command::new(test)
+        .arg("--test-threads=1")
+        .env("TMPDIR", TEST_FILES)
+        .env("FORMTUNE_LIBVIRT_CACHE", &cache)
+        .env("FORMTUNE_EMULATED", "1")
+        .output()?;
+    let text = [out.stdout, out.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    ensure!(out.status.success(), "{}: {}", out.status, text.trim());
+    let passed = text
+        .lines()
+        .find_map(|line| line.strip_prefix("test result: ok. ")?.split(';').next())
+        .with_context(|| format!("no result: {}", text.trim()))?;
+    Ok(format!("{passed} in {:.0} s, cgroup v2", start.elapsed().as_secs_f64()))
 }
 
 /// A guest with one CPU that runs a boot sector: a jump to itself.

@@ -119,6 +119,18 @@ impl Binaries {
             .with_context(|| format!("the workspace has no program {name}"))
     }
 
+    /// The program of one root test, e.g. `act_cgroup`.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn root_test(&self, name: &str) -> Result<&Path> {
+        self.tests
+            .iter()
+            .find(|binary| !unit(binary) && binary.name == name)
+            .map(|binary| binary.file.as_path())
+            .with_context(|| format!("{ROOT_TESTS} has no test {name}"))
+    }
+
     /// Runs those that `choose` takes; doc tests go with the unit tests.
     pub fn run(&self, tier: Tier, choose: fn(&Binary) -> bool) -> Result<Count> {
         let mut count = Count::default();
