@@ -13,7 +13,7 @@ pub struct Figure {
     pub unit: String,
     /// Rounds, or repetitions, behind the medians.
     pub rounds: u32,
-    /// Ours, median.
+    /// Ours: the median, or a single value (see [`Figure::total`]).
     pub ours: Option<f64>,
     /// The peer's, median.
     pub peer: Option<f64>,
@@ -87,6 +87,17 @@ impl Figure {
         }
         figure
     }
+
+    /// A single value, such as a total over some time or a peak. `parts`, if there are any,
+    /// are what it is the mean of: they give the interval and nothing else. `target` is
+    /// about `ours`.
+    ///
+    /// # Panics
+    /// As [`Figure::measured`].
+    pub fn total(name: &str, unit: &str, ours: f64, parts: &[f64], target: &str) -> Self {
+        let figure = Self::measured(name, unit, &[ours], None, None, Some(target));
+        Self { ci95: stats::mean_ci95(parts), ..figure }
+    }
 }
 
 /// Prints the figures as a table of at most 80 columns: two lines each, the second holding
@@ -107,7 +118,8 @@ pub fn print_table(figures: &[Figure]) {
             short(figure.ratio_to_peer),
             short(figure.ratio_to_floor),
         );
-        let mut notes = format!("  {} rounds", figure.rounds);
+        let plural = if figure.rounds == 1 { "" } else { "s" };
+        let mut notes = format!("  {} round{plural}", figure.rounds);
         if let Some([low, high]) = figure.ci95 {
             notes += &format!(", 95 % CI {} to {}", short(Some(low)), short(Some(high)));
         }
@@ -152,6 +164,19 @@ mod tests {
         assert_eq!(figure.met, Some(false));
         let figure = Figure::measured("a", "ns", &ours, None, None, target);
         assert_eq!(figure.met, None);
+    }
+
+    #[test]
+    fn a_total_is_judged_itself_and_not_its_parts() {
+        // Quiet but for one burst: the median of the parts would be 0.1.
+        let mut parts = [0.1; 12];
+        parts[5] = 12.0;
+        let total = parts.iter().sum::<f64>() / 12.0;
+        let figure = Figure::total("a", "%", total, &parts, "ours <= 0.5");
+        assert_eq!((figure.ours, figure.rounds, figure.met), (Some(total), 1, Some(false)));
+        let [low, high] = figure.ci95.unwrap();
+        assert!(low <= total && total <= high, "{low} to {high}");
+        assert_eq!(Figure::total("a", "MiB", 30.0, &[], "ours <= 32").ci95, None);
     }
 
     #[test]

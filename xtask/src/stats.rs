@@ -36,6 +36,11 @@ pub fn median_ci95(values: &[f64]) -> Option<[f64; 2]> {
     })
 }
 
+/// 95 % percentile-bootstrap interval of the mean.
+pub fn mean_ci95(values: &[f64]) -> Option<[f64; 2]> {
+    interval(values.len(), |draw| draw.iter().map(|&i| values[i]).sum::<f64>() / draw.len() as f64)
+}
+
 /// 95 % percentile-bootstrap interval of `median(ours) / median(other)`, where the i-th of
 /// both come from the same round: rounds are drawn as pairs, so drift that hits both cancels.
 pub fn ratio_ci95(ours: &[f64], other: &[f64]) -> Option<[f64; 2]> {

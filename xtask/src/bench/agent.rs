@@ -1,5 +1,8 @@
 //! What the agent itself costs: CPU time and resident memory over a minute, with three real
 //! VMs and with a thousand idle VM-shaped cgroups.
+//!
+//! CPU is the total over the minute and memory the peak within it. A median of stretches
+//! would hide an agent that is quiet for half a minute and busy for a moment.
 
 use super::load::Cgroups;
 use crate::demo::agent::{self, Agent};
@@ -11,6 +14,9 @@ use crate::figure::Figure;
 use crate::setup::{self, Purpose};
 use crate::{progress, sh};
 use anyhow::{Context, Result, bail};
+use formtune_core::units::Nanos;
+use nix::time::{ClockId, clock_getcpuclockid};
+use nix::unistd::Pid;
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
@@ -19,7 +25,7 @@ use std::time::Duration;
 const MINUTE: Duration = Duration::from_secs(60);
 /// Start-up and finding the VMs is not what is measured.
 const WARM_UP: Duration = Duration::from_secs(5);
-/// Stretches of the minute, for an interval: the spread between them.
+/// Stretches of the minute, for an interval only: the spread between them.
 const STRETCHES: u32 = 12;
 const MANY: usize = 1_000;
 
@@ -97,20 +103,24 @@ fn many_vms(program: &Path) -> Result<Vec<Figure>> {
     Ok(usage.figures("1000_vms", "ours <= 2", "ours <= 48"))
 }
 
-/// Per stretch: per cent of one core, and MiB at its end.
+/// What a minute cost.
 struct Usage {
-    cpu_pct: Vec<f64>,
-    rss_mib: Vec<f64>,
+    /// Over all of it, per cent of one core.
+    cpu_pct: f64,
+    /// Per stretch; they are of one length but for the clock's grain, so `cpu_pct` is their
+    /// mean.
+    cpu_pct_of_stretches: Vec<f64>,
+    /// Peak.
+    rss_mib: f64,
 }
 
 impl Usage {
     fn figures(&self, load: &str, cpu: &str, rss: &str) -> Vec<Figure> {
-        let figure = |name: String, unit, values: &[f64], target| {
-            Figure::measured(&name, unit, values, None, None, Some(target))
-        };
+        let name = |what: &str| format!("agent.{what}_{load}");
+        let stretches = &self.cpu_pct_of_stretches;
         vec![
-            figure(format!("agent.cpu_{load}"), "% of core", &self.cpu_pct, cpu),
-            figure(format!("agent.rss_{load}"), "MiB", &self.rss_mib, rss),
+            Figure::total(&name("cpu"), "% of core", self.cpu_pct, stretches, cpu),
+            Figure::total(&name("rss"), "MiB", self.rss_mib, &[], rss),
         ]
     }
 }
@@ -122,16 +132,19 @@ fn usage(label: &str, agent: &Agent, vms: usize) -> Result<Usage> {
     if seen < vms {
         bail!("formtune sees {seen} of {vms} VMs");
     }
-    let (mut cpu_pct, mut rss_mib) = (Vec::new(), Vec::new());
+    reset_peak(agent.pid())?;
+    let begin = Moment::now(agent.pid())?;
+    let mut cpu_pct_of_stretches = Vec::new();
+    let mut last = begin;
     for _ in 0..STRETCHES {
-        let (from, used) = (agent::monotonic()?, cpu_ns(agent.pid())?);
         interrupt::wait(MINUTE / STRETCHES, || step.tick())?;
-        let length = agent::monotonic()?.since(from).0;
-        cpu_pct.push((cpu_ns(agent.pid())? - used) as f64 / length as f64 * 100.0);
-        rss_mib.push(rss_mib_of(agent.pid())?);
+        let now = Moment::now(agent.pid())?;
+        cpu_pct_of_stretches.push(now.cpu_pct_since(last));
+        last = now;
     }
+    let cpu_pct = last.cpu_pct_since(begin);
     step.end("done");
-    Ok(Usage { cpu_pct, rss_mib })
+    Ok(Usage { cpu_pct, cpu_pct_of_stretches, rss_mib: peak_rss_mib(agent.pid())? })
 }
 
 /// VMs whose run-queue waits it measures.
@@ -141,23 +154,38 @@ fn vms_seen(agent: &Agent) -> Result<usize> {
     Ok(metrics.lines().filter(count).count())
 }
 
-/// CPU time of all threads: the first field of each `schedstat`, nanoseconds.
-fn cpu_ns(pid: u32) -> Result<u64> {
-    let mut sum = 0;
-    for thread in fs::read_dir(format!("/proc/{pid}/task")).context("formtune is gone")? {
-        let path = thread?.path().join("schedstat");
-        // A thread that ended meanwhile takes its few microseconds with it.
-        let Ok(text) = fs::read_to_string(&path) else { continue };
-        let field = text.split_whitespace().next().unwrap_or_default();
-        sum +=
-            field.parse::<u64>().with_context(|| format!("{} holds {text:?}", path.display()))?;
-    }
-    Ok(sum)
+/// How late it is, and what the agent has used until then.
+#[derive(Clone, Copy)]
+struct Moment {
+    at: Nanos,
+    cpu: Duration,
 }
 
-fn rss_mib_of(pid: u32) -> Result<f64> {
+impl Moment {
+    /// The process's CPU clock counts all of its threads, those that ended included, in
+    /// nanoseconds.
+    fn now(pid: u32) -> Result<Self> {
+        let clock = clock_getcpuclockid(Pid::from_raw(pid.cast_signed()));
+        let cpu = clock.and_then(ClockId::now).context("formtune is gone")?;
+        Ok(Self { at: agent::monotonic()?, cpu: cpu.into() })
+    }
+
+    fn cpu_pct_since(self, from: Self) -> f64 {
+        let used = self.cpu.saturating_sub(from.cpu).as_nanos() as f64;
+        used / self.at.since(from.at).0 as f64 * 100.0
+    }
+}
+
+/// Has the kernel note the peak of resident memory from now on (`clear_refs`, proc(5)):
+/// what starting took is not what is measured.
+fn reset_peak(pid: u32) -> Result<()> {
+    let path = format!("/proc/{pid}/clear_refs");
+    fs::write(&path, "5").with_context(|| format!("failed to write {path}"))
+}
+
+fn peak_rss_mib(pid: u32) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).context("formtune is gone")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse().context("VmRSS")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().context("VmHWM")?;
     Ok(kib / 1024.0)
 }
