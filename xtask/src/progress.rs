@@ -1,5 +1,6 @@
 //! Lines that say what is going on, for everything that may take longer than two seconds.
 
+use crate::demo::interrupt;
 use crate::sh;
 use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
@@ -83,6 +84,7 @@ pub fn log_file(name: &str) -> Result<(PathBuf, File)> {
 ///
 /// # Errors
 /// When it cannot be started or does not succeed: the error shows the log's name and its tail.
+/// On an interrupt it is killed.
 pub fn run(label: &str, log_name: &str, command: &mut Command) -> Result<()> {
     let (path, log) = log_file(log_name)?;
     let mut child = command
@@ -100,6 +102,12 @@ pub fn run(label: &str, log_name: &str, command: &mut Command) -> Result<()> {
             }
             step.end("failed");
             bail!("{} ended with {status}; {}", sh::line(command), tail(&path, 15));
+        }
+        if let Err(interrupted) = interrupt::check() {
+            child.kill()?;
+            child.wait()?;
+            step.end("interrupted");
+            return Err(interrupted);
         }
         std::thread::sleep(Duration::from_millis(20));
         step.tick();

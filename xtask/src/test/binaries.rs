@@ -2,6 +2,7 @@
 //! features, then run one by one with a time limit.
 
 use super::{Count, Tier};
+use crate::demo::interrupt;
 use crate::{progress, sh};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, killpg};
@@ -190,9 +191,11 @@ fn run_tests(name: &str, command: &mut Command) -> Result<Count> {
         if let Some(status) = child.try_wait()? {
             break Some(status);
         }
-        if start.elapsed() > LIMIT {
+        let interrupted = interrupt::check();
+        if interrupted.is_err() || start.elapsed() > LIMIT {
             killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL)?;
             child.wait()?;
+            interrupted?;
             break None;
         }
         if start.elapsed() > Duration::from_secs(1) {

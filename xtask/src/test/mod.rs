@@ -4,6 +4,7 @@ mod binaries;
 mod e2e;
 mod kernels;
 
+use crate::demo::interrupt;
 use crate::setup::{self, Purpose};
 use crate::sh;
 use anyhow::Result;
@@ -43,9 +44,11 @@ enum Tier {
 }
 
 impl Tier {
-    /// Without the demo, which judges latencies, under TCG where there is no KVM: a figure
-    /// for people, and no test that must hold on a busy machine. `--only demo` runs it.
+    /// Those that run unless others were asked for.
     const ALL: &[Self] = &[Self::Lint, Self::Unit, Self::Native, Self::Crash, Self::Vm, Self::E2e];
+    /// Those that only run when asked for. The demo judges latencies, under TCG where there is
+    /// no KVM: a figure for people, and no test that must hold on a busy machine.
+    const ON_REQUEST: &[Self] = &[Self::Demo];
 
     fn purposes(self) -> &'static [Purpose] {
         match self {
@@ -136,15 +139,24 @@ impl fmt::Display for Count {
 }
 
 /// What became of a tier.
+#[derive(Debug, PartialEq, Eq)]
 enum Outcome {
-    Run { took: Duration, count: Count },
+    Run {
+        took: Duration,
+        count: Count,
+    },
+    /// The machine does not allow it, for this reason.
     NotRun(String),
+    /// Nobody asked for it, and nobody has to.
+    OnRequest,
 }
 
 /// Runs the tiers; exit code 1 when a test failed.
 pub fn run(args: Args) -> Result<ExitCode> {
+    let start = Instant::now();
     let ci = args.ci || std::env::var_os("CI").is_some_and(|value| !value.is_empty());
     let root = nix::unistd::geteuid().is_root();
+    let on_request = if args.only.is_empty() { Tier::ON_REQUEST } else { &[] };
     let mut tiers = if args.only.is_empty() { Tier::ALL.to_vec() } else { args.only };
     tiers.sort_unstable();
     tiers.dedup();
@@ -157,31 +169,35 @@ pub fn run(args: Args) -> Result<ExitCode> {
         let essential = |purpose: &Purpose| matches!(purpose, Purpose::Build | Purpose::Lint);
         setup::ensure(&purposes.iter().copied().filter(essential).collect::<Vec<_>>())?;
     }
+    interrupt::catch()?;
 
-    let runnable = |tier: Tier| why_not(tier, root).is_none();
-    let binaries = if tiers.iter().any(|tier| tier.needs_binaries() && runnable(*tier)) {
+    let why_not = |tier: Tier| why_not(tier, root, &setup::missing(tier.purposes()));
+    let binaries = if tiers.iter().any(|tier| tier.needs_binaries() && why_not(*tier).is_none()) {
         Some(Binaries::build()?)
     } else {
         None
     };
     let mut outcomes = Vec::new();
     for tier in tiers {
-        let outcome = match why_not(tier, root) {
+        let outcome = match why_not(tier) {
             Some(why) => Outcome::NotRun(why),
             None => run_tier(tier, binaries.as_ref()),
         };
-        print_line(tier, &outcome);
+        interrupt::check()?;
+        println!("{}", line(tier, &outcome));
         outcomes.push((tier, outcome));
     }
-    Ok(summary(&outcomes, ci && root))
+    outcomes.extend(on_request.iter().map(|tier| (*tier, Outcome::OnRequest)));
+    let total = total(&outcomes, ci && root);
+    println!("\n{}", summary(&outcomes, &total, start.elapsed()));
+    Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Why this machine does not allow a tier.
-fn why_not(tier: Tier, root: bool) -> Option<String> {
+/// Why this machine does not allow a tier that misses these things.
+fn why_not(tier: Tier, root: bool, missing: &[&str]) -> Option<String> {
     if tier.needs_root() && !root {
         return Some("not root".to_owned());
     }
-    let missing = setup::missing(tier.purposes());
     (!missing.is_empty())
         .then(|| format!("missing {}; `cargo xtask setup` says how", missing.join(", ")))
 }
@@ -200,39 +216,53 @@ fn run_tier(tier: Tier, binaries: Option<&Binaries>) -> Outcome {
     Outcome::Run { took: start.elapsed(), count }
 }
 
-fn print_line(tier: Tier, outcome: &Outcome) {
+/// What became of a tier, on one line.
+fn line(tier: Tier, outcome: &Outcome) -> String {
     match outcome {
         Outcome::Run { took, count } => {
-            println!("{tier:<7} run     {:>7.1} s  {count}", took.as_secs_f64());
+            format!("{tier:<7} run     {:>7.1} s  {count}", took.as_secs_f64())
         }
-        Outcome::NotRun(why) => println!("{tier:<7} not run: {why}"),
+        Outcome::NotRun(why) => format!("{tier:<7} not run: {why}"),
+        Outcome::OnRequest => {
+            format!("{tier:<7} not run: on request (cargo xtask test --only {tier})")
+        }
     }
 }
 
-/// The lines of all tiers once more, and the sum as the last line.
-fn summary(outcomes: &[(Tier, Outcome)], strict: bool) -> ExitCode {
+/// The sum of all tiers. In strict mode (as root, in CI) what was left out counts as failed:
+/// a tier that did not run, and every test that is marked to be ignored.
+fn total(outcomes: &[(Tier, Outcome)], strict: bool) -> Count {
     let mut total = Count::default();
-    if outcomes.len() > 1 {
-        println!();
-    }
     for (tier, outcome) in outcomes {
-        if outcomes.len() > 1 {
-            print_line(*tier, outcome);
-        }
         match outcome {
             Outcome::Run { count, .. } => {
                 total.passed += count.passed;
                 total.failed += count.failed;
+                if strict && count.ignored > 0 {
+                    total.failed += count.ignored;
+                    let note = format!("{tier}: ignored tests count as failed in CI as root");
+                    total.notes.push(note);
+                } else {
+                    total.ignored += count.ignored;
+                }
             }
             Outcome::NotRun(why) if strict => {
-                eprintln!("{tier}: not run as root, which counts as a failure here: {why}");
                 total.failed += 1;
+                total.notes.push(format!("{tier}: not run, which counts as failed: {why}"));
             }
-            Outcome::NotRun(_) => {}
+            Outcome::NotRun(_) | Outcome::OnRequest => {}
         }
     }
-    println!("{} passed, {} failed", total.passed, total.failed);
-    if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    total
+}
+
+/// The lines of all tiers once more, what else counts, and the sum as the last line.
+fn summary(outcomes: &[(Tier, Outcome)], total: &Count, took: Duration) -> String {
+    let mut lines: Vec<String> =
+        outcomes.iter().map(|(tier, outcome)| line(*tier, outcome)).collect();
+    lines.extend(total.notes.iter().cloned());
+    lines.push(format!("{total} in {:.0} s", took.as_secs_f64()));
+    lines.join("\n")
 }
 
 fn lint() -> Count {
@@ -262,4 +292,61 @@ fn demo() -> Count {
         }
     }
     count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ran(passed: u32, failed: u32, ignored: u32) -> Outcome {
+        let count = Count { passed, failed, ignored, notes: vec!["shown already".into()] };
+        Outcome::Run { took: Duration::from_secs(2), count }
+    }
+
+    #[test]
+    fn every_tier_has_its_line() {
+        let mut all: Vec<Tier> = [Tier::ALL, Tier::ON_REQUEST].concat();
+        all.sort_unstable();
+        let values = <Tier as clap::ValueEnum>::value_variants();
+        assert_eq!(all, values);
+        let outcomes: Vec<_> = all.iter().map(|tier| (*tier, Outcome::OnRequest)).collect();
+        let text = summary(&outcomes, &total(&outcomes, true), Duration::from_secs(61));
+        assert!(text.lines().count() == all.len() + 1 && text.ends_with("0 failed in 61 s"));
+        let demo = "demo    not run: on request (cargo xtask test --only demo)";
+        assert!(text.lines().any(|line| line == demo), "{text}");
+    }
+
+    #[test]
+    fn what_was_left_out_fails_only_where_all_must_run() {
+        let outcomes = [
+            (Tier::Unit, ran(5, 0, 2)),
+            (Tier::Vm, Outcome::NotRun("missing depmod".into())),
+            (Tier::Demo, Outcome::OnRequest),
+        ];
+        let lax = total(&outcomes, false);
+        assert_eq!((lax.passed, lax.failed, lax.ignored), (5, 0, 2));
+        assert!(lax.notes.is_empty(), "{lax:?}");
+        let strict = total(&outcomes, true);
+        assert_eq!((strict.passed, strict.failed, strict.ignored), (5, 3, 0));
+        let text = summary(&outcomes, &strict, Duration::from_secs(2));
+        assert!(text.contains("unit: ignored tests") && text.contains("vm: not run, which"));
+        assert!(!text.contains("shown already"), "{text}");
+        assert!(text.ends_with("5 passed, 3 failed in 2 s"), "{text}");
+    }
+
+    #[test]
+    fn a_failure_is_one_in_any_mode() {
+        for strict in [false, true] {
+            assert_eq!(total(&[(Tier::Crash, ran(1, 1, 0))], strict).failed, 1);
+        }
+    }
+
+    #[test]
+    fn what_a_tier_lacks_is_said() {
+        assert_eq!(why_not(Tier::Unit, false, &[]), None);
+        assert_eq!(why_not(Tier::Native, true, &[]), None);
+        assert_eq!(why_not(Tier::Native, false, &["strace"]).unwrap(), "not root");
+        let why = why_not(Tier::Vm, false, &["lz4", "zstd"]).unwrap();
+        assert_eq!(why, "missing lz4, zstd; `cargo xtask setup` says how");
+    }
 }

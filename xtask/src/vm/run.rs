@@ -2,6 +2,7 @@
 //! exit status that the machine prints on its serial line as `VMEXIT:STATUS`.
 
 use super::kernel::Kernel;
+use crate::demo::interrupt;
 use crate::progress;
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl;
@@ -48,7 +49,7 @@ pub struct Ended {
 /// printed no exit status is repeated once. One that printed a bad status is not.
 ///
 /// # Errors
-/// When QEMU cannot be started, or neither run printed an exit status in time.
+/// When QEMU cannot be started, neither run printed an exit status in time, or on an interrupt.
 pub fn run(machine: &Machine<'_>) -> Result<Ended> {
     for attempt in 1..=2 {
         let (log, _) = progress::log_file(&format!("vm-{}", machine.name))?;
@@ -77,6 +78,12 @@ fn once(machine: &Machine<'_>, log: &Path) -> Result<&'static str> {
     let mut child =
         command.spawn().with_context(|| format!("failed to start {:?}", command.get_program()))?;
     loop {
+        if let Err(interrupted) = interrupt::check() {
+            child.kill()?;
+            child.wait()?;
+            step.end("interrupted");
+            return Err(interrupted);
+        }
         if child.try_wait()?.is_some() {
             step.end("ended");
             return Ok("ended");
