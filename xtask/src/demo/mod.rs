@@ -152,9 +152,12 @@ impl Host {
     fn explain(&self, kvm: bool) -> String {
         let accelerator = if kvm { "KVM" } else { "TCG, as there is no usable KVM" };
         format!(
-            "Three guests ({accelerator}), one virtual CPU each, all of them on\n\
+            "Three guests ({accelerator}), one virtual CPU each, all on\n\
              CPU {} of the host and with the same weight. The victim has 1 ms of work every\n\
-             10 ms; its two neighbours never sleep.",
+             10 ms; its two neighbours never sleep. So that other work of this host does not\n\
+             pass for theirs, their common cgroup has ten times the default weight, and while\n\
+             the neighbours are stopped (\"alone\") a spinner of the lowest priority beside\n\
+             the victim keeps the scheduler from moving other tasks to that CPU.",
             self.cpu()
         )
     }
@@ -285,4 +288,17 @@ fn remove_logs(folder: &Path) -> Result<()> {
             .with_context(|| format!("failed to remove {}", path.display()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Host;
+
+    #[test]
+    fn the_explanation_fits_eighty_columns() {
+        for kvm in [false, true] {
+            let text = Host { online: 1_000 }.explain(kvm);
+            assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        }
+    }
 }
