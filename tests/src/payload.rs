@@ -39,6 +39,21 @@ cpu_weight = 20
 slo = "off"
 "#;
 
+/// What a check that passed has to say.
+#[derive(Debug)]
+pub struct Passed {
+    /// What was measured, as a sentence.
+    pub detail: String,
+    /// The one figure of it that stands for the rest in a table, if there is one.
+    pub figure: Option<String>,
+}
+
+impl From<String> for Passed {
+    fn from(detail: String) -> Self {
+        Self { detail, figure: None }
+    }
+}
+
 /// Checks run so far. `cargo xtask test` reads what they print.
 #[derive(Debug, Default)]
 pub struct Checks {
@@ -47,14 +62,15 @@ pub struct Checks {
 
 impl Checks {
     /// Runs one check; it says what it measured, or what went wrong.
-    pub fn run(&mut self, name: &str, check: impl FnOnce() -> Result<String>) {
-        let result = check();
+    pub fn run<P: Into<Passed>>(&mut self, name: &str, check: impl FnOnce() -> Result<P>) {
+        let result = check().map(Into::into);
         let ok = result.is_ok();
-        let detail = result.unwrap_or_else(|error| {
+        let Passed { detail, figure } = result.unwrap_or_else(|error| {
             self.failed += 1;
-            format!("{error:#}")
+            format!("{error:#}").into()
         });
-        let line = serde_json::json!({ "check": name, "ok": ok, "detail": detail });
+        let line =
+            serde_json::json!({ "check": name, "ok": ok, "detail": detail, "figure": figure });
         println!("CHECK {line}");
     }
 

@@ -41,6 +41,7 @@ fn after_a_kill_the_next_start_or_restore_brings_the_originals_back() {
         contention.wait_for_change(&originals, LIMIT);
         agent.end(Signal::SIGKILL).unwrap();
         assert_ne!(contention.raw(), originals, "nothing was there to bring back");
+        assert!(site.path().join("formtune.sock").exists(), "the next start takes over a socket");
         if by_restore {
             let output = site.output(&["restore"]).unwrap();
             assert_eq!(output.status.code(), Some(0), "{output:?}");

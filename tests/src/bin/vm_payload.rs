@@ -9,7 +9,7 @@ use formtune_agent::vm::Vm;
 use formtune_core::plan::{Knob, OutcomeResult, Reason, Setpoint};
 use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId, Weight};
-use formtune_tests::payload::{Agent, CONTENDED, Checks};
+use formtune_tests::payload::{Agent, CONTENDED, Checks, Passed};
 use formtune_tests::wait::eventually;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::Signal;
@@ -237,7 +237,7 @@ fn usage(path: &str) -> Result<u64> {
 }
 
 /// Weights 400 and 100, written by `act`, give CPU time in about that ratio; then back.
-fn acts() -> Result<String> {
+fn acts() -> Result<Passed> {
     let sense = open_sense()?;
     let vm = |name: &str| -> Result<Arc<Vm>> {
         sense.vms().get(&VmId::from(name)).cloned().with_context(|| format!("no vm {name}"))
@@ -264,7 +264,10 @@ fn acts() -> Result<String> {
     ensure!((2.0..=8.0).contains(&ratio), "CPU time in ratio {ratio:.2} at 400:100");
     let report = act.restore_all();
     ensure!(!changed()?, "weights are {:?} after restoring: {report:?}", weights()?);
-    Ok(format!("CPU time in ratio {ratio:.2} at 400:100"))
+    Ok(Passed {
+        detail: format!("CPU time in ratio {ratio:.2} at 400:100"),
+        figure: Some(format!("{ratio:.2}")),
+    })
 }
 
 fn start(mode: &str) -> Result<Agent> {

@@ -33,7 +33,20 @@ pub struct Check {
     ok: bool,
     /// What was measured, or what went wrong.
     detail: String,
+    /// What to show in the table in place of "yes".
+    #[serde(default)]
+    figure: Option<String>,
 }
+
+/// The README's columns: heading, and the checks that stand in it. A check in none of them
+/// has a column of its own at the end.
+const COLUMNS: &[(&str, &[&str])] = &[
+    ("loads", &["loads"]),
+    ("attributes waits", &["attributes"]),
+    ("acts (4:1 weights)", &["acts"]),
+    ("closes the loop", &["closes the loop"]),
+    ("restores after SIGKILL, on stop", &["restores after SIGKILL", "restores on stop"]),
+];
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -162,30 +175,31 @@ pub fn checks(console: &str) -> Result<Vec<Check>> {
         .collect()
 }
 
-/// Kernels × checks, in Markdown.
+/// Kernels × checks, in Markdown: the README's table, to be copied there.
 fn table(all: &[Checked]) -> String {
-    let mut names: Vec<&str> = Vec::new();
-    for check in all.iter().flat_map(|checked| &checked.checks) {
-        if !names.contains(&check.check.as_str()) {
-            names.push(&check.check);
+    let mut columns: Vec<(&str, Vec<&str>)> =
+        COLUMNS.iter().map(|(heading, checks)| (*heading, checks.to_vec())).collect();
+    for Check { check, .. } in all.iter().flat_map(|checked| &checked.checks) {
+        if !columns.iter().any(|(_, checks)| checks.contains(&check.as_str())) {
+            columns.push((check, vec![check]));
         }
     }
+    let headings: Vec<&str> = columns.iter().map(|(heading, _)| *heading).collect();
     let mut lines = vec![
-        format!("| kernel | {} |", names.join(" | ")),
-        format!("| --- |{}", " --- |".repeat(names.len())),
+        format!("| kernel | {} |", headings.join(" | ")),
+        format!("| --- |{}", " --- |".repeat(headings.len())),
     ];
     for checked in all {
-        // `7.3.4` of `7.3.4+deb13-cloud-amd64`
-        let version = checked.kernel.split(['+', '-']).next().unwrap_or(&checked.kernel);
-        let cells: Vec<&str> = names
+        let cell = |name: &&str| match checked.checks.iter().find(|check| check.check == *name) {
+            Some(Check { ok: true, figure, .. }) => figure.as_deref().unwrap_or("yes"),
+            Some(_) => "**no**",
+            None => "–",
+        };
+        let cells: Vec<String> = columns
             .iter()
-            .map(|name| match checked.checks.iter().find(|check| check.check == *name) {
-                Some(check) if check.ok => "yes",
-                Some(_) => "**no**",
-                None => "–",
-            })
+            .map(|(_, checks)| checks.iter().map(cell).collect::<Vec<_>>().join(", "))
             .collect();
-        lines.push(format!("| {version} | {} |", cells.join(" | ")));
+        lines.push(format!("| {} | {} |", checked.kernel, cells.join(" | ")));
     }
     lines.join("\n")
 }
@@ -207,23 +221,43 @@ mod tests {
 
     #[test]
     fn the_table_tells_failed_from_not_reached() {
-        let check = |name: &str, ok| Check { check: name.to_owned(), ok, detail: String::new() };
+        let check = |name: &str, ok, figure: Option<&str>| Check {
+            check: name.to_owned(),
+            ok,
+            detail: String::new(),
+            figure: figure.map(str::to_owned),
+        };
         let all = [
             Checked {
                 kernel: "5.10.0-32-cloud-amd64".to_owned(),
                 seconds: 1.0,
-                checks: vec![check("loads", true), check("acts", false)],
+                checks: vec![
+                    check("loads", true, None),
+                    check("acts", true, Some("4.02")),
+                    check("restores on stop", true, None),
+                    check("sings", true, None),
+                ],
             },
             Checked {
                 kernel: "7.3.4+deb13-cloud-amd64".to_owned(),
                 seconds: 1.0,
-                checks: vec![check("loads", true)],
+                checks: vec![check("loads", true, None), check("acts", false, None)],
             },
         ];
         assert_eq!(
             table(&all),
-            "| kernel | loads | acts |\n| --- | --- | --- |\n\
-             | 5.10.0 | yes | **no** |\n| 7.3.4 | yes | – |"
+            "| kernel | loads | attributes waits | acts (4:1 weights) | closes the loop | \
+             restores after SIGKILL, on stop | sings |\n\
+             | --- | --- | --- | --- | --- | --- | --- |\n\
+             | 5.10.0-32-cloud-amd64 | yes | – | 4.02 | – | –, yes | yes |\n\
+             | 7.3.4+deb13-cloud-amd64 | yes | – | **no** | – | –, – | – |"
         );
+    }
+
+    /// Heading and columns of the README are those that are printed.
+    #[test]
+    fn the_table_is_the_readmes() {
+        let readme = std::fs::read_to_string(crate::sh::root().join("README.md")).unwrap();
+        assert!(readme.contains(&format!("\n{}\n| 5.10", table(&[]))), "{}", table(&[]));
     }
 }
