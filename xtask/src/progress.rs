@@ -66,6 +66,17 @@ impl Step {
     }
 }
 
+/// Does something under one progress line, which `what` renews by calling its argument.
+///
+/// # Errors
+/// Those of `what`.
+pub fn during<T>(label: &str, what: impl FnOnce(&mut dyn FnMut()) -> Result<T>) -> Result<T> {
+    let mut step = Step::start(label);
+    let result = what(&mut || step.tick());
+    step.end(if result.is_ok() { "done" } else { "failed" });
+    result
+}
+
 /// Where the output of a step goes: `target/log/NAME.log`, emptied first.
 ///
 /// # Errors

@@ -1,11 +1,15 @@
 //! Running other programs, with errors that name the command; where the project's folders are.
 
+use crate::demo::interrupt;
+use crate::progress;
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// The workspace's root folder.
 pub fn root() -> PathBuf {
@@ -29,15 +33,32 @@ pub fn cache() -> PathBuf {
     }
 }
 
-/// Keeps other commands from filling the same part of the cache, until it is dropped.
+/// Keeps other commands from filling the same part of the cache, until it is dropped. Says so
+/// when it has to wait for one.
 pub fn lock_cache(part: &str) -> Result<Flock<File>> {
     let path = cache().join(format!("{part}.lock"));
     std::fs::create_dir_all(cache())?;
-    let file =
+    let mut file =
         File::create(&path).with_context(|| format!("failed to write {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, error)| error)
-        .with_context(|| format!("failed to lock {}", path.display()))
+    let mut waiting: Option<progress::Step> = None;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => {
+                if let Some(step) = waiting {
+                    step.end("it is done");
+                }
+                return Ok(lock);
+            }
+            Err((back, Errno::EWOULDBLOCK)) => file = back,
+            Err((_, error)) => {
+                return Err(error).with_context(|| format!("failed to lock {}", path.display()));
+            }
+        }
+        let step = waiting.get_or_insert_with(|| {
+            progress::Step::start(format!("waiting for another xtask, which fills {part}"))
+        });
+        interrupt::wait(Duration::from_millis(100), || step.tick())?;
+    }
 }
 
 /// Where a program is: in `PATH` or in the folders that a plain user's `PATH` lacks.

@@ -70,9 +70,7 @@ fn three_vms(program: &Path) -> Result<Vec<Figure>> {
         libvirtd.uri(),
         Partition::PATTERN,
     );
-    let agent = Agent::start(program, &folder.join("bench"), &settings)?;
-    let usage = usage("3 VMs", &agent, 3)?;
-    agent.stop()?;
+    let usage = usage("3 VMs", program, &folder.join("bench"), &settings, 3)?;
     drop(guests);
     Ok(usage.figures("3_vms", "ours <= 0.5", "ours <= 32"))
 }
@@ -96,9 +94,7 @@ fn many_vms(program: &Path) -> Result<Vec<Figure>> {
          mode.cpu_weight = 'enforce'\n",
         cgroups.pattern()
     );
-    let agent = Agent::start(program, folder.path(), &settings)?;
-    let usage = usage("1,000 idle cgroups", &agent, MANY)?;
-    agent.stop()?;
+    let usage = usage("1,000 idle cgroups", program, folder.path(), &settings, MANY)?;
     drop(loads);
     Ok(usage.figures("1000_vms", "ours <= 2", "ours <= 48"))
 }
@@ -125,7 +121,17 @@ impl Usage {
     }
 }
 
-fn usage(label: &str, agent: &Agent, vms: usize) -> Result<Usage> {
+/// Starts an agent, measures it for a minute, and stops it.
+fn usage(label: &str, program: &Path, folder: &Path, settings: &str, vms: usize) -> Result<Usage> {
+    let agent = progress::during("starting formtune", |tick| {
+        Agent::start(program, folder, settings, tick)
+    })?;
+    let usage = measure(label, &agent, vms)?;
+    progress::during("stopping formtune", |tick| agent.stop(tick))?;
+    Ok(usage)
+}
+
+fn measure(label: &str, agent: &Agent, vms: usize) -> Result<Usage> {
     let mut step = progress::Step::start(format!("agent with {label}: one minute"));
     interrupt::wait(WARM_UP, || step.tick())?;
     let seen = vms_seen(agent)?;

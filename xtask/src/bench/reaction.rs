@@ -149,11 +149,11 @@ impl Bench<'_> {
         tick: &mut dyn FnMut(),
     ) -> Result<Option<(f64, f64)>> {
         let before = self.weights()?;
-        let agent = Agent::start(program, state, settings)?;
+        let agent = Agent::start(program, state, settings, tick)?;
         self.seen += self.victim.lines_from(self.seen).len();
         interrupt::wait(CALM, &mut *tick)?;
         if self.weights()? != before || worst(&self.reports(Nanos(0))?) > THRESHOLD_US {
-            agent.stop()?;
+            agent.stop(tick)?;
             return Ok(None);
         }
         self.seen += self.victim.lines_from(self.seen).len();
@@ -167,7 +167,7 @@ impl Bench<'_> {
         for load in self.noisy {
             load.pause()?;
         }
-        agent.stop()?;
+        agent.stop(tick)?;
         if self.weights()? != before {
             bail!("formtune did not put the weights back");
         }

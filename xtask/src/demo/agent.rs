@@ -43,12 +43,18 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `formtune run` and waits until it says that it is ready. `folder` takes its
-    /// state, socket and log; `settings` is the rest of the configuration file.
+    /// Starts `formtune run` and waits until it says that it is ready, calling `tick` now and
+    /// then. `folder` takes its state, socket and log; `settings` is the rest of the
+    /// configuration file.
     ///
     /// # Errors
     /// When it ends early or does not become ready.
-    pub fn start(program: &Path, folder: &Path, settings: &str) -> Result<Self> {
+    pub fn start(
+        program: &Path,
+        folder: &Path,
+        settings: &str,
+        tick: &mut dyn FnMut(),
+    ) -> Result<Self> {
         fs::create_dir_all(folder)
             .with_context(|| format!("failed to make {}", folder.display()))?;
         let config = folder.join("formtune.toml");
@@ -82,6 +88,7 @@ impl Agent {
         let child = command.spawn().context("failed to start formtune")?;
         let mut new = Self { child, program: program.to_owned(), config, socket, log };
         interrupt::until(READY, "formtune's being ready", || {
+            tick();
             if let Some(status) = new.child.try_wait()? {
                 bail!("formtune ended with {status}; {}", progress::tail(&new.log, 10));
             }
@@ -122,12 +129,13 @@ impl Agent {
         sh::output(Command::new(&self.program).args(["explain", vm, "--config"]).arg(&self.config))
     }
 
-    /// SIGTERM; an error if it did not end with exit code 0.
+    /// SIGTERM, then waits, calling `tick` now and then; an error if it did not end with exit
+    /// code 0.
     ///
     /// # Errors
     /// See above.
-    pub fn stop(mut self) -> Result<()> {
-        match libvirtd::stop(&mut self.child, STOP) {
+    pub fn stop(mut self, tick: &mut dyn FnMut()) -> Result<()> {
+        match libvirtd::stop(&mut self.child, STOP, tick) {
             Some(status) if status.success() => Ok(()),
             Some(status) => {
                 bail!("formtune ended with {status}; {}", progress::tail(&self.log, 10))
@@ -144,7 +152,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            libvirtd::stop(&mut self.child, STOP);
+            libvirtd::stop(&mut self.child, STOP, &mut || ());
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What the guests boot: a Debian kernel and an initramfs that holds one program.
 
 use super::domain::Image;
+use super::interrupt;
 use crate::vm::{cpio, kernel};
 use crate::{progress, sh};
 use anyhow::{Context, Result};
@@ -8,7 +9,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// TCG reaches `/init` in 2 to 4 s; a KVM that works is faster.
 const KVM_BOOT: Duration = Duration::from_secs(10);
@@ -51,17 +52,21 @@ pub fn prepare(folder: &Path) -> Result<Image> {
     archive.file("init", 0o755, &fs::read(&program)?)?;
     archive.finish()?;
     let mut image = Image { vmlinux, initrd, program, qemu, kvm: false };
-    image.kvm = kvm_works(&image);
+    image.kvm = kvm_works(&image)?;
     Ok(image)
 }
 
 /// Whether a guest boots under KVM. The device alone says nothing: a machine that is itself
 /// a guest can have it without being able to run a kernel with it.
-fn kvm_works(image: &Image) -> bool {
+///
+/// # Errors
+/// On an interrupt.
+fn kvm_works(image: &Image) -> Result<bool> {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     if !flags.split_whitespace().any(|word| word == "vmx" || word == "svm") {
-        return false;
+        return Ok(false);
     }
+    let mut step = progress::Step::start("trying to boot a guest under KVM");
     let child = Command::new(&image.qemu)
         .args(["-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "192M"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
@@ -75,10 +80,13 @@ fn kvm_works(image: &Image) -> bool {
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn();
-    let Ok(mut child) = child else { return false };
-    let deadline = Instant::now() + KVM_BOOT;
-    while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(50));
+    let Ok(mut child) = child else {
+        step.end("it cannot be started");
+        return Ok(false);
+    };
+    let mut waited = Ok(());
+    while waited.is_ok() && matches!(child.try_wait(), Ok(None)) && step.elapsed() < KVM_BOOT {
+        waited = interrupt::wait(Duration::from_millis(50), || step.tick());
     }
     // Killing one that is gone already fails, which is fine.
     let _ = child.kill();
@@ -87,5 +95,7 @@ fn kvm_works(image: &Image) -> bool {
         let _ = console.read_to_string(&mut said);
     }
     let _ = child.wait();
-    said.contains("probe ok")
+    let works = said.contains("probe ok");
+    step.end(if works { "it works" } else { "it does not work here" });
+    waited.map(|()| works)
 }

@@ -60,7 +60,7 @@ impl Libvirtd {
         unsafe { command.pre_exec(move || namespace.enter().map_err(Into::into)) };
         let child = command.spawn().context("failed to start libvirtd")?;
         let mut new = Self { child, folder: folder.to_owned(), virsh };
-        new.wait_for_answer()?;
+        progress::during("starting a libvirt daemon of our own", |tick| new.wait_for_answer(tick))?;
         Ok(new)
     }
 
@@ -98,9 +98,10 @@ impl Libvirtd {
             .context("failed to start virsh")
     }
 
-    fn wait_for_answer(&mut self) -> Result<()> {
+    fn wait_for_answer(&mut self, tick: &mut dyn FnMut()) -> Result<()> {
         let log = self.folder.join("log/stderr.log");
         interrupt::until(FIRST_ANSWER, "libvirtd's first answer", || {
+            tick();
             if let Some(status) = self.child.try_wait()? {
                 bail!("libvirtd ended with {status}; {}", progress::tail(&log, 5));
             }
@@ -114,13 +115,19 @@ impl Libvirtd {
 
 impl Drop for Libvirtd {
     fn drop(&mut self) {
-        stop(&mut self.child, STOP);
+        let mut step = progress::Step::start("stopping our libvirt daemon");
+        stop(&mut self.child, STOP, &mut || step.tick());
+        step.end("done");
     }
 }
 
-/// SIGTERM, and after `limit` SIGKILL. Works on the way out of an interrupt, too.
-/// Returns how it ended, `None` after SIGKILL.
-pub fn stop(child: &mut Child, limit: Duration) -> Option<std::process::ExitStatus> {
+/// SIGTERM, and after `limit` SIGKILL, calling `tick` now and then. Works on the way out of
+/// an interrupt, too. Returns how it ended, `None` after SIGKILL.
+pub fn stop(
+    child: &mut Child,
+    limit: Duration,
+    tick: &mut dyn FnMut(),
+) -> Option<std::process::ExitStatus> {
     // An error means that it is gone already, which is what is wanted.
     let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM);
     let polls = limit.as_millis() / 20;
@@ -128,6 +135,7 @@ pub fn stop(child: &mut Child, limit: Duration) -> Option<std::process::ExitStat
         if let Ok(Some(status)) = child.try_wait() {
             return Some(status);
         }
+        tick();
         std::thread::sleep(Duration::from_millis(20));
     }
     let _ = child.kill();

@@ -85,9 +85,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 /// The three phases, and everything around them that has to be cleaned up again.
 fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
     let partition = Partition::make()?;
-    let step = progress::Step::start("starting a libvirt daemon of our own");
     let libvirtd = Rc::new(libvirtd::Libvirtd::start(&folder.join("libvirt"))?);
-    step.end("done");
 
     let host = Host::new()?;
     println!("{}", host.explain(image.kvm));
@@ -98,7 +96,10 @@ fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
     let filler = Filler::start(&image.program, partition.cpu()?, host.cpu())?;
 
     let observe = folder.join("observe");
-    let agent = Agent::start(program, &observe, &host.settings(&libvirtd, &observe, "observe"))?;
+    let settings = host.settings(&libvirtd, &observe, "observe");
+    let agent = progress::during("starting formtune, which observes", |tick| {
+        Agent::start(program, &observe, &settings, tick)
+    })?;
     for guest in &neighbours {
         guest.suspend()?;
     }
@@ -112,15 +113,18 @@ fn play(program: &Path, folder: &Path, image: &Image) -> Result<Report> {
     settle("contended: neighbours spin, formtune observes", SETTLE)?;
     let contended = Phase::measure("contended: measuring", MEASURE, &victim, &neighbours)?;
     let contended_weights = weights(&guests)?;
-    agent.stop()?;
+    progress::during("stopping formtune", |tick| agent.stop(tick))?;
 
     let enforce = folder.join("enforce");
-    let agent = Agent::start(program, &enforce, &host.settings(&libvirtd, &enforce, "enforce"))?;
+    let settings = host.settings(&libvirtd, &enforce, "enforce");
+    let agent = progress::during("starting formtune, which enforces", |tick| {
+        Agent::start(program, &enforce, &settings, tick)
+    })?;
     settle("with formtune: neighbours spin, formtune acts", SETTLE_ENFORCED)?;
     let enforced = Phase::measure("with formtune: measuring", MEASURE, &victim, &neighbours)?;
     let enforced_weights = weights(&guests)?;
     println!("\n{}", agent.explain(VICTIM)?.trim_end());
-    agent.stop()?;
+    progress::during("stopping formtune, which restores", |tick| agent.stop(tick))?;
     let not_restored = differences(&originals, &knobs(&guests)?);
 
     let id = VmId::from(VICTIM);

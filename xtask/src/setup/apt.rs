@@ -22,6 +22,33 @@ pub fn codename() -> Option<String> {
     (value("ID=")? == "debian").then(|| value("VERSION_CODENAME="))?
 }
 
+/// Those of the packages that none of this machine's sources has; apt must have its lists.
+///
+/// # Errors
+/// When apt-cache fails.
+pub fn without_candidate<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
+    let policy =
+        sh::output(Command::new("apt-cache").arg("policy").args(packages).env("LC_ALL", "C"))?;
+    let with = candidates(&policy);
+    Ok(packages.iter().copied().filter(|package| !with.contains(package)).collect())
+}
+
+/// The packages that have a candidate in the output of `apt-cache policy`, which passes over
+/// names that it does not know.
+fn candidates(policy: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    let mut package = "";
+    for line in policy.lines() {
+        if !line.starts_with(' ') {
+            package = line.trim_end_matches(':');
+        } else if line.trim().strip_prefix("Candidate: ").is_some_and(|version| version != "(none)")
+        {
+            found.push(package);
+        }
+    }
+    found
+}
+
 /// The mirror from which this machine gets its own release.
 ///
 /// # Errors
@@ -174,4 +201,18 @@ fn debs(folder: &Path, package: &str) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::candidates;
+
+    #[test]
+    fn a_package_without_a_version_is_none() {
+        let policy = "strace:\n  Installed: (none)\n  Candidate: 6.1-0.1\n  Version table:\n     \
+            6.1-0.1 500\n        500 https://example.org stable/main amd64 Packages\n\
+            rustc-web:\n  Installed: (none)\n  Candidate: (none)\n  Version table:\n";
+        assert_eq!(candidates(policy), ["strace"]);
+        assert_eq!(candidates(""), [""; 0]);
+    }
 }

@@ -18,6 +18,10 @@ use std::process::{Command, ExitCode};
 /// The last Debian release whose own QEMU crashes emulated guests (7.2).
 pub const OLD_QEMU_RELEASE: &str = "bookworm";
 
+/// The compiler for the probes where Debian has none.
+const RUSTUP_ROUTE: [&str; 2] =
+    ["rustup toolchain install nightly --component rust-src", "cargo install bpf-linker"];
+
 /// Arguments of `setup`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -60,9 +64,9 @@ pub fn ensure(purposes: &[Purpose]) -> Result<()> {
             let still = self::missing(purposes);
             if !still.is_empty() {
                 bail!(
-                    "still missing or too old after the installation: {}; are Debian's security \
-                     updates among apt's sources?",
-                    still.join(", ")
+                    "still missing or too old after the installation: {}; {}",
+                    still.join(", "),
+                    remedy(&still)
                 );
             }
         }
@@ -104,6 +108,10 @@ fn install(missing: &[&Need]) -> Result<()> {
     eprintln!("Missing on this machine, about to be installed:");
     eprintln!("{}", wrapped(&packages));
     progress_update()?;
+    let absent = apt::without_candidate(&packages)?;
+    if !absent.is_empty() {
+        bail!("{}", not_to_be_had(&absent, &codename));
+    }
     // QEMU 7.2 would remove a newer qemu-utils and crashes guests: all of QEMU comes from the
     // backports, as files, in one transaction with the rest.
     let mut arguments: Vec<String> = Vec::new();
@@ -126,6 +134,30 @@ fn install(missing: &[&Need]) -> Result<()> {
             .args(arguments)
             .env("DEBIAN_FRONTEND", "noninteractive"),
     )
+}
+
+/// What to do about packages that no source of this machine has.
+fn not_to_be_had(absent: &[&str], codename: &str) -> String {
+    format!(
+        "apt has no candidate for {} on {codename}, so nothing was installed; {}",
+        absent.join(", "),
+        remedy(absent)
+    )
+}
+
+/// How to get what apt did not bring: the compiler for the probes by rustup, the rest by
+/// better sources.
+fn remedy(packages: &[&str]) -> String {
+    let of_compiler = |package: &&str| needs::COMPILER_PACKAGES.contains(package);
+    let mut text = Vec::new();
+    if !packages.iter().all(of_compiler) {
+        text.push("are Debian's security updates among apt's sources?".to_owned());
+    }
+    if packages.iter().any(of_compiler) {
+        let commands = RUSTUP_ROUTE.join("\n  ");
+        text.push(format!("the compiler for the probes can be had from rustup too:\n  {commands}"));
+    }
+    text.join(" ")
 }
 
 fn progress_update() -> Result<()> {
@@ -157,10 +189,14 @@ fn print_commands(missing: &[&Need], packages: &[&str]) {
         eprintln!(
             "Install them by this system's own means. The compiler for the probes is, for one:"
         );
-        eprintln!("  rustup toolchain install nightly --component rust-src");
-        eprintln!("  cargo install bpf-linker");
+        for command in RUSTUP_ROUTE {
+            eprintln!("  {command}");
+        }
         return;
     };
+    // Where apt has no lists yet, nothing has a candidate, and nothing is known.
+    let absent = apt::without_candidate(packages).unwrap_or_default();
+    let absent = if absent.len() < packages.len() { absent } else { Vec::new() };
     eprintln!("Missing on this machine. To install it, run:");
     let qemu = packages.iter().any(|package| QEMU_PACKAGES.contains(package));
     let mut from = String::new();
@@ -175,6 +211,7 @@ fn print_commands(missing: &[&Need], packages: &[&str]) {
     }
     let list: Vec<String> = packages
         .iter()
+        .filter(|package| !absent.contains(package))
         .map(|package| {
             let suffix = if QEMU_PACKAGES.contains(package) { from.as_str() } else { "" };
             format!("{package}{suffix}")
@@ -182,6 +219,9 @@ fn print_commands(missing: &[&Need], packages: &[&str]) {
         .collect();
     eprintln!("  sudo apt-get update");
     eprintln!("  sudo apt-get install -y --no-install-recommends {}", list.join(" "));
+    if !absent.is_empty() {
+        eprintln!("apt has no candidate for {}; {}", absent.join(", "), remedy(&absent));
+    }
 }
 
 /// rustfmt and clippy, which a minimal toolchain lacks.
@@ -219,7 +259,7 @@ fn wrapped(words: &[&str]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::wrapped;
+    use super::{not_to_be_had, wrapped};
 
     #[test]
     fn lists_fit_eighty_columns() {
@@ -227,5 +267,18 @@ mod tests {
         let text = wrapped(&words);
         assert!(text.lines().all(|line| line.len() <= 80 && line.starts_with("  q")), "{text}");
         assert_eq!(text.split_whitespace().count(), 12);
+    }
+
+    #[test]
+    fn what_cannot_be_had_comes_with_another_way() {
+        let text = not_to_be_had(&["rustc-web", "llvm-22-dev"], "trixie");
+        assert_eq!(
+            text,
+            "apt has no candidate for rustc-web, llvm-22-dev on trixie, so nothing was \
+             installed; the compiler for the probes can be had from rustup too:\n  rustup \
+             toolchain install nightly --component rust-src\n  cargo install bpf-linker"
+        );
+        let text = not_to_be_had(&["libbpf-tools"], "trixie");
+        assert!(text.ends_with("are Debian's security updates among apt's sources?"), "{text}");
     }
 }

@@ -9,6 +9,9 @@ use std::process::Command;
 pub const QEMU_PACKAGES: &[&str] =
     &["qemu-system-x86", "qemu-system-common", "qemu-system-data", "qemu-utils", "seabios"];
 
+/// What brings the compiler for the probes; only some releases of Debian have them.
+pub const COMPILER_PACKAGES: &[&str] = &["rustc-web", "rust-web-src", "llvm-22-dev"];
+
 /// The oldest QEMU whose emulation is known to be sound: 7.2 crashes one guest in ten.
 const MIN_QEMU: u32 = 10;
 

@@ -2,7 +2,7 @@
 
 use super::vmlinux;
 use crate::setup::apt::Apt;
-use crate::sh;
+use crate::{progress, sh};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::fs;
@@ -90,7 +90,11 @@ fn open(folder: &Path) -> Option<Kernel> {
 fn fetch(series: Series, folder: &Path) -> Result<Kernel> {
     let apt = Apt::open("kernels", SUITES)?;
     let mut candidates: BTreeMap<Vec<u32>, String> = BTreeMap::new();
-    for package in apt.names("linux-image-")? {
+    // The first question makes apt read all lists.
+    let names = progress::during("looking for kernels in the package lists", |_| {
+        apt.names("linux-image-")
+    })?;
+    for package in names {
         if let Some(version) = version(&package)
             && series.holds(&version)
         {
@@ -117,31 +121,40 @@ fn fetch_package(apt: &Apt, image: &str, folder: &Path) -> Result<Kernel> {
     let mut packages = vec![image.to_owned()];
     packages.extend(apt.depends(image)?.into_iter().filter(|name| name.ends_with(&release)));
     let debs = apt.download(&packages, &folder.join("deb"))?;
-    for deb in &debs {
+    progress::during(&format!("unpacking kernel {release}"), |tick| {
+        unpack(&release, &debs, folder, tick)
+    })?;
+    fs::write(folder.join("release"), &release)?;
+    open(folder).with_context(|| format!("the packages {} are not complete", packages.join(", ")))
+}
+
+/// From package files to what [`open`] looks for, but for the file that says that it is all there.
+fn unpack(release: &str, debs: &[PathBuf], folder: &Path, tick: &mut dyn FnMut()) -> Result<()> {
+    for deb in debs {
         sh::run(Command::new("dpkg-deb").arg("-x").arg(deb).arg(folder))?;
+        tick();
     }
     fs::remove_dir_all(folder.join("deb"))?;
     let lib = folder.join("lib");
     if !lib.exists() {
         std::os::unix::fs::symlink("usr/lib", &lib)?;
     }
-    let modules = lib.join("modules").join(&release);
+    let modules = lib.join("modules").join(release);
     let image = [folder.join(format!("boot/vmlinuz-{release}")), modules.join("vmlinuz")];
     let Some(image) = image.iter().find(|file| file.is_file()) else {
-        bail!("no vmlinuz in the packages {}", packages.join(", "));
+        bail!("no vmlinuz in its packages");
     };
     vmlinux::extract(image, &folder.join("vmlinux"))?;
     fs::remove_file(image)?;
+    tick();
     // depmod warns of the missing modules.builtin.modinfo and the like, which nobody needs here.
     sh::run(
         Command::new(sh::find_program("depmod").context("depmod (package kmod) is missing")?)
             .arg("-b")
             .arg(folder)
-            .arg(&release)
+            .arg(release)
             .stderr(Stdio::null()),
-    )?;
-    fs::write(folder.join("release"), &release)?;
-    open(folder).with_context(|| format!("the packages {} are not complete", packages.join(", ")))
+    )
 }
 
 /// The version of `linux-image-VERSION-cloud-amd64`; `None` for all other packages.
