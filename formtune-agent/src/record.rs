@@ -6,8 +6,10 @@
 use formtune_common::histogram;
 use formtune_core::trace::{Header, VERSION};
 use formtune_core::{Plan, Sample, State, step};
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, faccessat};
 use serde::Serialize;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
@@ -15,6 +17,34 @@ use std::path::{Path, PathBuf};
 const BUFFER_BYTES: usize = 64 * 1024;
 /// Longest line that is read: 10,000 VMs that all waited in 50 buckets stay below it.
 const LINE_BYTES: u64 = 64 << 20;
+
+/// Whether a trace can be begun at `path`, as far as that shows without a trace of the
+/// question. A folder below `made_later` need not be there yet.
+///
+/// # Errors
+/// What the system would answer to [`Writer::create`].
+pub fn may_begin(path: &Path, made_later: &Path) -> io::Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if folder.starts_with(made_later) => return Ok(()),
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    match fs::metadata(path) {
+        Ok(found) if found.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+        // A pipe or a device.
+        Ok(found) if !found.is_file() => return may(path, AccessFlags::W_OK),
+        _ => {}
+    }
+    if !fs::metadata(folder)?.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    may(folder, AccessFlags::W_OK | AccessFlags::X_OK)
+}
+
+/// Asked with the rights that the process has, not with those of who started it.
+fn may(path: &Path, what: AccessFlags) -> io::Result<()> {
+    Ok(faccessat(AT_FDCWD, path, what, AtFlags::AT_EACCESS)?)
+}
 
 /// Writes a trace.
 #[derive(Debug)]
@@ -33,7 +63,7 @@ impl Writer {
         if path.is_file() {
             let mut old = path.as_os_str().to_owned();
             old.push(".old");
-            std::fs::rename(path, PathBuf::from(old))?;
+            fs::rename(path, PathBuf::from(old))?;
         }
         let mut writer = Self { file: File::create(path)?, buffer: Vec::new() };
         writer.line(header)?;
@@ -80,7 +110,7 @@ pub enum TraceError {
         source: io::Error,
     },
     /// It does not begin like a trace.
-    #[error("{} is not a trace of formtune: {why}", path.display())]
+    #[error("{} is not a trace of formtune (`formtune run --record FILE` writes one): {why}", path.display())]
     Foreign {
         /// Which.
         path: PathBuf,
@@ -242,6 +272,22 @@ mod tests {
         let plans: Vec<Plan> = replay.map(Result::unwrap).collect();
         assert_eq!(plans.iter().map(|plan| plan.seq).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
         assert_eq!(Replay::open(&dir.path().join("trace.old")).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn where_a_trace_could_not_be_begun_is_told_beforehand() {
+        let dir = tempfile::tempdir().unwrap();
+        let (here, state) = (dir.path(), dir.path().join("state"));
+        for good in ["trace", "state/trace"].map(|name| here.join(name)) {
+            may_begin(&good, &state).unwrap();
+        }
+        may_begin(Path::new("/dev/null"), &state).unwrap();
+        fs::write(here.join("file"), "").unwrap();
+        may_begin(&here.join("file"), &state).unwrap();
+        for bad in ["none/trace", "file/trace", "."].map(|name| here.join(name)) {
+            may_begin(&bad, &state).expect_err(&bad.display().to_string());
+        }
+        assert_eq!(fs::read_dir(here).unwrap().count(), 1, "something was made");
     }
 
     #[test]

@@ -55,7 +55,13 @@ fn check(global: &Global, config: Result<config::Config, ConfigError>) -> Result
             Ok(config) => (None, config.notices),
             Err(error) => (Some(format!("{:#}", anyhow::Error::from(error))), Vec::new()),
         };
-        let code = if error.is_some() { super::error() } else { GOOD };
+        let code = match &error {
+            Some(error) => {
+                super::fail(error);
+                super::error()
+            }
+            None => GOOD,
+        };
         let checked = Checked { file, good: error.is_none(), error, notices };
         print(format_args!("{}\n", serde_json::to_string(&checked)?))?;
         return Ok(code);

@@ -38,10 +38,11 @@ pub(super) fn run(global: &Global, args: &Args) -> Result<ExitCode> {
         }
     })
     .map_err(|error| match error {
-        ActError::Locked { pid, .. } => anyhow!(
-            "formtune is running{}: stop it and it restores by itself; `formtune restore` is for \
-             an agent that died",
-            pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+        ActError::Locked { pid, path } => anyhow!(
+            "formtune is running{} and holds {}: stop it and it restores by itself; `formtune \
+             restore` is for an agent that died",
+            pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(),
+            path.display()
         ),
         error => error.into(),
     })?;

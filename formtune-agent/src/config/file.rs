@@ -123,7 +123,11 @@ pub(super) fn read(source: &Source) -> Result<Config, ConfigError> {
     let mut pools = std::collections::BTreeMap::new();
     if let Some(field) = root.get("guide") {
         let beside = source.path.parent().unwrap_or(Path::new(""));
-        let read = guide::read(&Source::read(&beside.join(field.string()?))?, &base)?;
+        let path = beside.join(field.string()?);
+        let text = std::fs::read_to_string(&path).map_err(|error| {
+            field.error(format_args!("failed to read the guide's {}: {error}", path.display()))
+        })?;
+        let read = guide::read(&Source { path, text }, &base)?;
         config.policy.classes.extend(read.classes);
         config.notices.extend(read.notices);
         pools = read.pools;

@@ -74,7 +74,7 @@ impl fmt::Display for Notice {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("failed to read {}", path.display())]
+    #[error("failed to read {} (`formtune config show` prints one to start from)", path.display())]
     Read {
         /// Which file.
         path: PathBuf,

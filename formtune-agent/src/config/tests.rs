@@ -284,5 +284,14 @@ fn every_mistake_is_one_line_that_says_where_and_what() {
 #[test]
 fn a_named_file_must_exist() {
     let error = load(Some(Path::new("/nonexistent/formtune.toml"))).unwrap_err();
-    assert_eq!(error.to_string(), "failed to read /nonexistent/formtune.toml");
+    assert!(
+        error.to_string().starts_with("failed to read /nonexistent/formtune.toml ("),
+        "{error}"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("formtune.toml");
+    std::fs::write(&file, "\nguide = \"none.json\"").unwrap();
+    let error = load(Some(&file)).unwrap_err().to_string();
+    assert!(error.contains("formtune.toml:2:9: failed to read the guide's "), "{error}");
+    assert!(error.contains("none.json: No such file"), "{error}");
 }

@@ -34,7 +34,7 @@ use formtune_core::{Sample, State, step};
 use nix::time::{ClockId, clock_gettime};
 use publish::{Facts, Seen};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
@@ -116,6 +116,15 @@ impl Agent {
     fn start(options: Options) -> Result<(Self, mpsc::Receiver<SnapshotRequest>, ServerHandle)> {
         let Options { mut config, config_path, .. } = options;
         privileges::check(config.policy.modes.cpu_weight)?;
+        let no_trace = |path: &Path| {
+            format!(
+                "failed to record to {} (name a file in a folder that is there and can be written)",
+                path.display()
+            )
+        };
+        if let Some(path) = &config.record {
+            record::may_begin(path, &config.state_dir).with_context(|| no_trace(path))?;
+        }
         let listen = Listen { socket: config.socket.clone(), tcp: config.listen };
         let server = Server::bind(&listen)?;
         let alone = (config.policy.modes.cpu_weight == Mode::Enforce)
@@ -148,7 +157,7 @@ impl Agent {
                 note: String::new(),
             };
             record::Writer::create(path, &Header::new(host, config.policy.clone()))
-                .with_context(|| format!("failed to record to {}", path.display()))
+                .with_context(|| no_trace(path))
         });
         let recorder = recorder.transpose()?;
         let (snapshots, requests): (Snapshots, _) = source::channel(config.policy.tick);

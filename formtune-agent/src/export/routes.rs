@@ -226,7 +226,7 @@ async fn vm(State(snapshots): State<Snapshots>, Path(id): Path<String>) -> Respo
             let names = snapshot.vms.keys().map(|vm| vm.0.as_str());
             let hint = match nearest(&id, names) {
                 Some(name) => format!("did you mean {name}?"),
-                None => "see /v1/vms for all".into(),
+                None => "see /v1/vms or `formtune status` for all".into(),
             };
             failure(StatusCode::NOT_FOUND, &format!("no vm {id:?} is measured on this node"), &hint)
         }
