@@ -3,7 +3,7 @@
 use super::Agent;
 use crate::config::Config;
 use crate::export::snapshot::{
-    AgentState, Attainment, CgroupLayout, LibvirtState, Node, OwnCost, ProbeState, RunqCounts,
+    AgentState, Attainment, CgroupLayout, LatencyCounts, LibvirtState, Node, OwnCost, ProbeState,
     Snapshot, VmState,
 };
 use crate::hypervisor::Hypervisor;
@@ -12,6 +12,7 @@ use formtune_core::plan::Decision;
 use formtune_core::sample::HostSample;
 use formtune_core::units::{ClassName, Nanos, Weight};
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What does not change, or only by counting.
 #[derive(Debug)]
@@ -164,7 +165,7 @@ impl Agent {
                 state.runq = self
                     .sense
                     .runq(id)
-                    .map(|totals| RunqCounts::from_dense(totals.buckets(), totals.wait_ns));
+                    .map(|totals| LatencyCounts::from_dense(totals.buckets(), totals.wait_ns));
                 state.cpu_usage_ns = seen.cpu_usage_ns;
                 state.throttled_ns = seen.throttled_ns;
                 let known = state.runq.is_some();
@@ -181,7 +182,14 @@ impl Agent {
         for state in vms.values_mut() {
             self.decisions.fill(state);
         }
-        Snapshot { at: now, node: self.node(), vms, decisions: self.decisions.records() }
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Snapshot {
+            at: now,
+            node: self.node(),
+            vms,
+            decisions: self.decisions.records(),
+            unix_ms: since_1970.as_millis() as u64,
+        }
     }
 
     fn node(&self) -> Node {

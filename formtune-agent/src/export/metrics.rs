@@ -1,57 +1,73 @@
-//! `/metrics`: the Prometheus text format (0.0.4) with classic histograms, in base units.
+//! `/metrics`: what there is to know as Prometheus metric families, in base units.
 //!
-//! Every value is taken from a snapshot, so a VM that is gone is gone from the next
+//! Families are described here, once; [`text`](text()) and [`protobuf`](protobuf()) encode
+//! them. Every value is taken from a snapshot, so a VM that is gone is gone from the next
 //! scrape, and a value that is not known is absent rather than zero.
 
-use super::snapshot::{LE_BOUNDS, LibvirtState, Node, RunqCounts, Snapshot, VmState};
-use super::snapshot::{action_name, le_bound_seconds, mode_name};
+mod accept;
+mod exposition;
+pub mod protobuf;
+mod text;
+
+use super::series::Latency;
+use super::snapshot::{LibvirtState, Node, Snapshot, VmState, action_name, mode_name};
+pub use accept::Format;
+use exposition::{Exposition, Family, Kind, Value};
 use formtune_core::plan::Action;
 use formtune_core::units::Weight;
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::text::encode_registry;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::registry::Registry;
-use std::fmt::{self, Debug};
-use std::sync::Arc;
+use protobuf::Protobuf;
+use std::fmt;
+use text::Text;
 
+/// VMs whose series are exported: as many as `max_vms` can be. The first ones by name; how
+/// many are left out is a metric.
+pub const VMS: usize = 10_000;
 /// Every action, so that each has a series from the start.
 const ACTIONS: [Action; 5] =
     [Action::Hold, Action::Raise, Action::Lower, Action::Relax, Action::Revert];
 /// Every result of a setpoint, for the same reason.
 const RESULTS: [&str; 5] = ["applied", "unchanged", "clamped", "yielded", "refused"];
 
-/// The whole exposition.
-pub fn text(snapshot: &Arc<Snapshot>) -> String {
-    let mut registry = Registry::default();
-    registry.register_collector(Box::new(Scrape(snapshot.clone())));
+/// The whole exposition, as text.
+pub fn text(snapshot: &Snapshot) -> String {
     // About 3 kB per VM.
-    let mut text = String::with_capacity(8_192 + 3_500 * snapshot.vms.len());
-    encode_registry(&mut text, &registry).expect("writing to a string does not fail");
-    text
+    let mut text = Text::with_capacity(8_192 + 3_500 * snapshot.vms.len());
+    encode(snapshot, VMS, &mut text);
+    text.finish()
 }
 
-#[derive(Debug)]
-struct Scrape(Arc<Snapshot>);
-
-impl Collector for Scrape {
-    fn encode(&self, encoder: DescriptorEncoder) -> fmt::Result {
-        let mut out = Families(encoder);
-        let Snapshot { at, node, vms, .. } = &*self.0;
-        out.agent(node, at.since(node.agent.started_at).as_secs_f64())?;
-        out.node(node)?;
-        out.gauge("formtune_vms", "VMs measured now", [([], Some(vms.len() as f64))])?;
-        out.vms(&vms.values().collect::<Vec<_>>())?;
-        out.decisions(node)
-    }
+/// The whole exposition, as length-delimited messages.
+pub fn protobuf(snapshot: &Snapshot) -> Vec<u8> {
+    // About 1.5 kB per VM.
+    let mut protobuf = Protobuf::with_capacity(4_096 + 2_000 * snapshot.vms.len());
+    encode(snapshot, VMS, &mut protobuf);
+    protobuf.finish()
 }
 
-/// Writes metric families in the classic text format.
-struct Families<'a>(DescriptorEncoder<'a>);
+fn encode(snapshot: &Snapshot, most: usize, to: &mut dyn Exposition) {
+    let families = Families(to).all(snapshot, most);
+    families.expect("writing to memory does not fail");
+}
+
+/// Describes metric families to an encoder.
+struct Families<'a>(&'a mut dyn Exposition);
 
 type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
 
 impl Families<'_> {
+    fn all(&mut self, snapshot: &Snapshot, most: usize) -> fmt::Result {
+        let Snapshot { at, node, vms, .. } = snapshot;
+        self.agent(node, at.since(node.agent.started_at).as_secs_f64())?;
+        self.node(node)?;
+        self.one("formtune_vms", "VMs measured now", Some(vms.len() as f64))?;
+        let shown: Vec<_> = vms.values().take(most).collect();
+        let left_out = vms.len() - shown.len();
+        let help = "VMs whose series are left out, as there are too many";
+        self.one("formtune_vms_left_out", help, Some(left_out as f64))?;
+        self.vms(&shown)?;
+        self.decisions(node)
+    }
+
     fn agent(&mut self, node: &Node, uptime: f64) -> fmt::Result {
         let agent = &node.agent;
         let version = [("version", agent.version.as_str())];
@@ -164,16 +180,14 @@ impl Families<'_> {
                 (labels, Some(1.0))
             }),
         )?;
-        self.histogram(
-            "formtune_vm_runqueue_latency_seconds",
-            "Time from runnable to running of all threads of the VM, since it was first seen",
-            vms.iter().filter_map(|vm| Some((by_vm(vm), vm.runq.as_ref()?))),
-        )?;
+        for latency in Latency::ALL {
+            self.latency(latency, vms)?;
+        }
         let seconds = |ns: u64| ns as f64 / 1e9;
         self.counter(
             "formtune_vm_runqueue_wait_seconds_total",
             "Time all threads of the VM waited for a CPU, since it was first seen",
-            vms.iter().map(|vm| (by_vm(vm), vm.runq.map(|runq| seconds(runq.wait_ns)))),
+            vms.iter().map(|vm| (by_vm(vm), vm.runq.as_ref().map(|runq| seconds(runq.sum_ns)))),
         )?;
         self.counter(
             "formtune_vm_runqueue_held_seconds_total",
@@ -297,10 +311,10 @@ impl Families<'_> {
         help: &str,
         samples: impl IntoIterator<Item = (Labels<'l, N>, Option<f64>)>,
     ) -> fmt::Result {
-        self.family(name, help, MetricType::Gauge, samples)
+        self.family(name, help, Kind::Gauge, samples)
     }
 
-    /// `name` ends in `_total`: unlike OpenMetrics, this format declares a counter by the
+    /// `name` ends in `_total`: unlike OpenMetrics, these formats declare a counter by the
     /// name of its samples.
     fn counter<'l, const N: usize>(
         &mut self,
@@ -308,14 +322,14 @@ impl Families<'_> {
         help: &str,
         samples: impl IntoIterator<Item = (Labels<'l, N>, Option<f64>)>,
     ) -> fmt::Result {
-        self.family(name, help, MetricType::Counter, samples)
+        self.family(name, help, Kind::Counter, samples)
     }
 
     fn family<'l, const N: usize>(
         &mut self,
         name: &str,
         help: &str,
-        kind: MetricType,
+        kind: Kind,
         samples: impl IntoIterator<Item = (Labels<'l, N>, Option<f64>)>,
     ) -> fmt::Result {
         let known =
@@ -325,55 +339,33 @@ impl Families<'_> {
         if samples.peek().is_none() {
             return Ok(());
         }
-        let mut encoder = self.0.encode_descriptor(name, help, None, kind)?;
+        let family = Family { name, help, kind };
+        self.0.begin(&family)?;
         for (labels, value) in samples {
-            // The gauge's encoding is the bare name and value, which is what this format
-            // wants of a counter too; the crate's own would append a second `_total`.
-            if N == 0 {
-                encoder.encode_gauge(&value)?;
-            } else {
-                encoder.encode_family(&labels)?.encode_gauge(&value)?;
-            }
+            self.0.sample(&family, &labels, Value::Number(value))?;
         }
-        Ok(())
+        self.0.end()
     }
 
-    fn histogram<'v>(
-        &mut self,
-        name: &str,
-        help: &str,
-        samples: impl IntoIterator<Item = (Labels<'v, 1>, &'v RunqCounts)>,
-    ) -> fmt::Result {
-        let mut samples = samples.into_iter().peekable();
-        if samples.peek().is_none() {
-            return Ok(());
+    fn latency(&mut self, latency: Latency, vms: &[&VmState]) -> fmt::Result {
+        let (name, help) = latency.family();
+        let family = Family { name, help, kind: Kind::Histogram };
+        let (mut begun, mut result) = (false, Ok(()));
+        for vm in vms {
+            latency.of(vm, |labels, counts| {
+                result = result.and_then(|()| match std::mem::replace(&mut begun, true) {
+                    true => Ok(()),
+                    false => self.0.begin(&family),
+                });
+                result =
+                    result.and_then(|()| self.0.sample(&family, labels, Value::Latency(counts)));
+            });
         }
-        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
-        for (labels, counts) in samples {
-            PreAggregated(counts).encode(encoder.encode_family(&labels)?)?;
-        }
-        Ok(())
+        result?;
+        if begun { self.0.end() } else { Ok(()) }
     }
 }
 
 fn by_vm(vm: &VmState) -> Labels<'_, 1> {
     [("vm", vm.id.0.as_str())]
-}
-
-/// A histogram that the kernel has already counted.
-struct PreAggregated<'a>(&'a RunqCounts);
-
-impl EncodeMetric for PreAggregated<'_> {
-    fn encode(&self, mut encoder: prometheus_client::encoding::MetricEncoder) -> fmt::Result {
-        let mut buckets = [(f64::INFINITY, self.0.buckets[LE_BOUNDS]); LE_BOUNDS + 1];
-        for (i, bucket) in buckets.iter_mut().take(LE_BOUNDS).enumerate() {
-            *bucket = (le_bound_seconds(i), self.0.buckets[i]);
-        }
-        let sum = self.0.wait_ns as f64 / 1e9;
-        encoder.encode_histogram::<NoLabelSet>(sum, self.0.count(), &buckets, None)
-    }
-
-    fn metric_type(&self) -> MetricType {
-        MetricType::Histogram
-    }
 }

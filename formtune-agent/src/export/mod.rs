@@ -6,11 +6,14 @@
 
 pub mod culprits;
 pub mod decisions;
+pub mod hdr;
 pub mod http;
+pub mod latency;
 pub mod listen;
 pub mod metrics;
 pub mod recent;
 pub mod routes;
+pub mod series;
 pub mod snapshot;
 pub mod source;
 

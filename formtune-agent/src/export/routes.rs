@@ -1,15 +1,17 @@
 //! What each path answers. Errors are JSON: `{"error": what, "hint": what to do}`.
 
-use super::metrics;
+use super::metrics::{self, Format};
+use super::series::Histograms;
 use super::snapshot::{DecisionRecord, Node, Snapshot, VmState};
 use super::source::{NoSnapshot, Snapshots};
 use axum::Router;
 use axum::extract::{Path, Query, Request, State, rejection::QueryRejection};
 use axum::http::uri::Authority;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
+use bytes::Bytes;
 use formtune_core::units::{Nanos, VmId};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -98,13 +100,14 @@ impl HostGuard {
 /// All paths; with a guard for TCP.
 pub fn router(snapshots: Snapshots, guard: Option<HostGuard>) -> Router {
     let router = Router::new()
-        .route("/metrics", get(metrics_text))
+        .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/v1/node", get(node))
         .route("/v1/vms", get(vms))
         .route("/v1/vms/{id}", get(vm))
         .route("/v1/decisions", get(decisions))
+        .route("/v1/histograms", get(histograms))
         .fallback(no_such_path)
         .method_not_allowed_fallback(not_get)
         .with_state(snapshots)
@@ -153,11 +156,17 @@ async fn common_headers(request: Request, next: Next) -> Response {
     answer
 }
 
-async fn metrics_text(State(snapshots): State<Snapshots>) -> Response {
+async fn metrics(State(snapshots): State<Snapshots>, headers: HeaderMap) -> Response {
+    let accepts = headers.get_all(header::ACCEPT).iter();
+    let format = Format::of(accepts.filter_map(|accept| accept.to_str().ok()));
     match snapshots.get().await {
         Ok(snapshot) => {
-            let format = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-            (format, metrics::text(&snapshot)).into_response()
+            let body = match format {
+                Format::Text => Bytes::from(metrics::text(&snapshot)),
+                Format::Protobuf => Bytes::from(metrics::protobuf(&snapshot)),
+            };
+            let head = [(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")];
+            (head, body).into_response()
         }
         Err(error) => no_snapshot(error),
     }
@@ -260,9 +269,28 @@ async fn decisions(
     })
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OneVm {
+    vm: Option<String>,
+}
+
+async fn histograms(
+    State(snapshots): State<Snapshots>,
+    selection: Result<Query<OneVm>, QueryRejection>,
+) -> Response {
+    let Query(OneVm { vm }) = match selection {
+        Ok(selection) => selection,
+        Err(error) => {
+            return failure(StatusCode::BAD_REQUEST, &error.body_text(), "use ?vm=NAME");
+        }
+    };
+    answer(snapshots.get().await, |snapshot| Histograms::of(snapshot, vm.as_deref()))
+}
+
 async fn no_such_path() -> Response {
-    let hint = "there are /metrics, /healthz, /readyz, /v1/node, /v1/vms, /v1/vms/{id} and \
-                /v1/decisions";
+    let hint = "there are /metrics, /healthz, /readyz, /v1/node, /v1/vms, /v1/vms/{id}, \
+                /v1/decisions and /v1/histograms";
     failure(StatusCode::NOT_FOUND, "no such path", hint)
 }
 

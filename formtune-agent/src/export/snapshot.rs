@@ -5,8 +5,8 @@
 //! decides nothing. Its JSON form is the interface of `/v1/*`: fields are only added.
 
 use super::culprits::Blamed;
+pub use super::latency::LatencyCounts;
 use crate::vm::{CgroupVersion, Owner, Vm};
-use formtune_common::histogram;
 use formtune_core::plan::{Action, Decision, Evidence, OutcomeResult, Reason};
 use formtune_core::policy::{Mode, Modes, Slo};
 use formtune_core::units::{ClassName, Nanos, VmId, Weight};
@@ -26,6 +26,9 @@ pub struct Snapshot {
     pub vms: BTreeMap<VmId, VmState>,
     /// The last decisions, oldest first; see [`super::DecisionLog`].
     pub decisions: Vec<Arc<DecisionRecord>>,
+    /// [`Snapshot::at`] as milliseconds since 1970 UTC.
+    #[serde(default)]
+    pub unix_ms: u64,
 }
 
 /// The node and the agent itself.
@@ -223,7 +226,7 @@ pub struct VmState {
     /// Percentiles of the last seconds; see [`super::Recent`].
     pub recent: Option<RecentRunq>,
     /// Counts since the VM was first seen; `None` while it is not measured.
-    pub runq: Option<RunqCounts>,
+    pub runq: Option<LatencyCounts>,
     /// CPU time used since the VM started, nanoseconds.
     pub cpu_usage_ns: Option<u64>,
     /// Time the VM was throttled by its own quota, nanoseconds.
@@ -325,50 +328,6 @@ pub struct RecentRunq {
     pub max: Option<Nanos>,
 }
 
-/// Number of finite bounds of the exported histogram.
-pub const LE_BOUNDS: usize = 24;
-/// Exponent of the first bound: 2^-20 s, about 1 µs. The last one is 2^3 s.
-const FIRST_LE_EXP: i32 = -20;
-/// Buckets of the kernel's histogram per power of two.
-const PER_OCTAVE: i32 = 1 << histogram::SCHEMA;
-
-/// The `i`th bound of the exported histogram, seconds, inclusive. Powers of two are bounds of
-/// the kernel's buckets, so the counts below them are exact.
-pub fn le_bound_seconds(i: usize) -> f64 {
-    f64::exp2(f64::from(FIRST_LE_EXP) + i as f64)
-}
-
-/// The waits of a VM since it was first seen, summed up to the exported bounds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RunqCounts {
-    /// Waits in the i-th exported bucket (not cumulative); the last one has no upper bound.
-    pub buckets: [u64; LE_BOUNDS + 1],
-    /// Sum of the waits, nanoseconds, as measured.
-    pub wait_ns: u64,
-}
-
-impl RunqCounts {
-    /// Sums the kernel's dense buckets up to the exported ones.
-    pub fn from_dense(dense: &[u64], wait_ns: u64) -> Self {
-        let mut buckets = [0; LE_BOUNDS + 1];
-        for (bucket, &count) in dense.iter().enumerate() {
-            if count > 0 {
-                let sixteenth = histogram::native_index(bucket as u32).unwrap_or(i32::MIN / 2);
-                let exp = sixteenth.div_euclid(PER_OCTAVE)
-                    + i32::from(sixteenth.rem_euclid(PER_OCTAVE) > 0);
-                let at = (exp - FIRST_LE_EXP).max(0) as usize;
-                buckets[at.min(LE_BOUNDS)] += count;
-            }
-        }
-        Self { buckets, wait_ns }
-    }
-
-    /// Number of waits.
-    pub fn count(&self) -> u64 {
-        self.buckets.iter().sum()
-    }
-}
-
 /// One entry of the decision log.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DecisionRecord {
@@ -448,31 +407,6 @@ pub const fn result_name(result: &OutcomeResult) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_kernel_bucket_lies_on_one_side_of_every_exported_bound() {
-        for i in 0..LE_BOUNDS {
-            let le = (le_bound_seconds(i) * 1e9) as u64;
-            for bucket in 0..histogram::BUCKETS as u32 {
-                let (lower, upper) =
-                    (histogram::lower_bound(bucket), histogram::upper_bound(bucket));
-                assert!(upper <= le || lower > le, "bucket {bucket} straddles {le}");
-            }
-        }
-    }
-
-    #[test]
-    fn counts_go_to_the_exported_bucket_that_holds_them() {
-        for ns in [0, 1, 15, 953, 954, 1907, 99_999, 1_000_000_000, 1_000_000_001, u64::MAX] {
-            let mut dense = vec![0; histogram::BUCKETS];
-            dense[histogram::bucket(ns) as usize] = 3;
-            let counts = RunqCounts::from_dense(&dense, 0);
-            let within = |i: &usize| ns as f64 / 1e9 <= le_bound_seconds(*i);
-            let expected = (0..LE_BOUNDS).find(within).unwrap_or(LE_BOUNDS);
-            assert_eq!(counts.buckets[expected], 3, "{ns} ns");
-            assert_eq!(counts.count(), 3);
-        }
-    }
 
     #[test]
     fn own_cost_is_read() {

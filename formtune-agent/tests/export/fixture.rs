@@ -31,7 +31,7 @@ pub fn snapshot() -> Snapshot {
         log.fill(&mut vm);
         vms.insert(vm.id.clone(), vm);
     }
-    Snapshot { at: AT, node: node(&log), vms, decisions: log.records() }
+    Snapshot { at: AT, node: node(&log), vms, decisions: log.records(), unix_ms: 1_790_000_000_000 }
 }
 
 fn node(log: &DecisionLog) -> Node {
@@ -82,14 +82,14 @@ fn vm(name: &str, class: &str) -> VmState {
     state
 }
 
-fn dense(waits: &[(u64, u64)]) -> RunqCounts {
+fn dense(waits: &[(u64, u64)]) -> LatencyCounts {
     let mut buckets = vec![0; histogram::BUCKETS];
     let mut wait_ns = 0;
     for &(ns, count) in waits {
         buckets[histogram::bucket(ns) as usize] += count;
         wait_ns += ns * count;
     }
-    RunqCounts::from_dense(&buckets, wait_ns)
+    LatencyCounts::from_dense(&buckets, wait_ns)
 }
 
 fn slo() -> Slo {

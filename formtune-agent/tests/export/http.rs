@@ -1,4 +1,6 @@
 use crate::fixture::{AT, Served};
+use formtune_agent::export::metrics::protobuf;
+use formtune_agent::export::series::Histograms;
 use formtune_core::units::Nanos;
 use serde_json::Value;
 use std::io::{self, Read, Write};
@@ -259,4 +261,53 @@ fn a_connection_serves_several_requests() -> io::Result<()> {
     assert!(rest.contains("HTTP/1.1 404"), "{rest}");
     stream.shutdown(Shutdown::Both).ok();
     Ok(())
+}
+
+#[test]
+fn metrics_come_in_the_form_that_is_asked_for() {
+    let served = Served::new();
+    let get = |accept: &str| {
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        write!(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}Connection: close\r\n\r\n")
+            .unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        let end = all.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
+        (String::from_utf8(all[..end].to_ascii_lowercase()).unwrap(), all.split_off(end + 4))
+    };
+    let prometheus = "Accept: application/vnd.google.protobuf;\
+                      proto=io.prometheus.client.MetricFamily;encoding=delimited,\
+                      application/openmetrics-text;version=1.0.0;q=0.8,\
+                      text/plain;version=0.0.4;q=0.5,*/*;q=0.1\r\n";
+    let (head, body) = get(prometheus);
+    assert!(head.contains(
+        "content-type: application/vnd.google.protobuf; proto=io.prometheus.client.metricfamily; \
+         encoding=delimited"
+    ));
+    let families = protobuf::decode(&body).unwrap();
+    assert!(families.iter().any(|family| family.name == "formtune_vms"));
+    for accept in ["", "Accept: */*\r\n", "Accept: text/plain\r\n"] {
+        let (head, body) = get(accept);
+        assert!(head.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{head}");
+        assert!(body.starts_with(b"# HELP formtune_"));
+    }
+}
+
+#[test]
+fn histograms_are_given_bucket_by_bucket() {
+    let served = Served::new();
+    let all: Histograms = serde_json::from_str(&unix(&served, "/v1/histograms").body).unwrap();
+    assert_eq!((all.at, all.unix_ms, all.left_out), (AT, 1_790_000_000_000, 0));
+    let names: Vec<_> = all.histograms.iter().map(|series| series.labels["vm"].as_str()).collect();
+    assert_eq!(names, ["hog-1", "idle-with-a-rather-long-name-0001", "web-1"]);
+    let one = unix(&served, "/v1/histograms?vm=web-1").json();
+    let series = &one["histograms"][0];
+    assert_eq!(
+        (&series["metric"], one["histograms"].as_array().unwrap().len()),
+        (&"runqueue_latency".into(), 1)
+    );
+    assert_eq!(series["counts"].as_array().unwrap().len(), 4);
+    let wrong = unix(&served, "/v1/histograms?limit=1");
+    assert_eq!(wrong.status, 400);
+    assert!(wrong.error().contains("limit"), "{}", wrong.body);
 }

@@ -2,6 +2,7 @@
 
 mod cli;
 mod fixture;
+mod forms;
 mod http;
 mod metrics;
 mod words;

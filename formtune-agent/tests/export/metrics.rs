@@ -1,7 +1,7 @@
 //! The exposition, read back by a small parser of the format's own rules.
 
 use crate::fixture;
-use formtune_agent::export::metrics::text;
+use formtune_agent::export::metrics::{VMS, text};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -182,4 +182,22 @@ fn a_vm_that_is_gone_is_gone() {
     empty.vms.clear();
     let samples = parse(&self::text(&Arc::new(empty)));
     assert!(samples.iter().all(|(s, _)| !s.0.starts_with("formtune_vm_")));
+}
+
+#[test]
+fn vms_beyond_the_cap_are_counted_instead() {
+    let mut snapshot = fixture::snapshot();
+    let hog = snapshot.vms.values().next().unwrap().clone();
+    for number in 0..VMS {
+        let mut vm = hog.clone();
+        vm.id = format!("many-{number:05}").as_str().into();
+        snapshot.vms.insert(vm.id.clone(), vm);
+    }
+    let samples = parse(&text(&snapshot));
+    assert_eq!(value(&samples, "formtune_vms", None), Some(VMS as f64 + 4.0));
+    assert_eq!(value(&samples, "formtune_vms_left_out", None), Some(4.0));
+    let shown = samples.iter().filter(|(s, _)| s.0 == "formtune_vm_info").count();
+    assert_eq!(shown, VMS);
+    let samples = parse(&text(&fixture::snapshot()));
+    assert_eq!(value(&samples, "formtune_vms_left_out", None), Some(0.0));
 }

@@ -1,0 +1,145 @@
+//! The Prometheus text format, 0.0.4: classic histograms only.
+//!
+//! <https://prometheus.io/docs/instrumenting/exposition_formats/>
+
+use super::super::latency::{LE_BOUNDS, LatencyCounts, le_bound_seconds};
+use super::exposition::{Exposition, Family, Kind, Labels, Value};
+use std::fmt::{self, Write};
+
+/// Writes families as text.
+#[derive(Debug)]
+pub struct Text {
+    out: String,
+    /// The labels of the histogram at hand, encoded once for all its buckets.
+    labels: String,
+    bounds: [String; LE_BOUNDS],
+}
+
+impl Text {
+    /// With room for so many bytes.
+    pub fn with_capacity(bytes: usize) -> Self {
+        let bound = |i| dtoa::Buffer::new().format(le_bound_seconds(i)).to_owned();
+        Self {
+            out: String::with_capacity(bytes),
+            labels: String::new(),
+            bounds: std::array::from_fn(bound),
+        }
+    }
+
+    /// All that was written.
+    pub fn finish(self) -> String {
+        self.out
+    }
+
+    /// A line of a histogram; `le` for buckets only.
+    fn line(&mut self, family: &Family<'_>, suffix: &str, le: Option<&str>, value: &str) {
+        self.out.push_str(family.name);
+        self.out.push_str(suffix);
+        if le.is_some() || !self.labels.is_empty() {
+            self.out.push('{');
+            if let Some(le) = le {
+                self.out.push_str("le=\"");
+                self.out.push_str(le);
+                self.out.push_str(if self.labels.is_empty() { "\"" } else { "\"," });
+            }
+            self.out.push_str(&self.labels);
+            self.out.push('}');
+        }
+        self.out.push(' ');
+        self.out.push_str(value);
+        self.out.push('\n');
+    }
+
+    fn latency(&mut self, family: &Family<'_>, counts: &LatencyCounts) {
+        let classic = counts.classic();
+        let mut number = itoa::Buffer::new();
+        let sum = counts.sum_ns as f64 / 1e9;
+        self.line(family, "_sum", None, dtoa::Buffer::new().format(sum));
+        self.line(family, "_count", None, number.format(counts.count()));
+        let mut below = 0;
+        let bounds = std::mem::take(&mut self.bounds);
+        for (i, count) in classic.into_iter().enumerate() {
+            below += count;
+            let le = bounds.get(i).map_or("+Inf", String::as_str);
+            self.line(family, "_bucket", Some(le), number.format(below));
+        }
+        self.bounds = bounds;
+    }
+}
+
+impl Exposition for Text {
+    fn begin(&mut self, family: &Family<'_>) -> fmt::Result {
+        let kind = match family.kind {
+            Kind::Gauge => "gauge",
+            Kind::Counter => "counter",
+            Kind::Histogram => "histogram",
+        };
+        let Family { name, help, .. } = family;
+        debug_assert!(!help.contains(['\\', '\n']), "{help}");
+        write!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}\n")
+    }
+
+    fn sample(
+        &mut self,
+        family: &Family<'_>,
+        labels: &Labels<'_>,
+        value: Value<'_>,
+    ) -> fmt::Result {
+        self.labels.clear();
+        for (at, (name, value)) in labels.iter().enumerate() {
+            if at > 0 {
+                self.labels.push(',');
+            }
+            self.labels.push_str(name);
+            self.labels.push_str("=\"");
+            escape(&mut self.labels, value);
+            self.labels.push('"');
+        }
+        match value {
+            Value::Number(number) => {
+                self.line(family, "", None, dtoa::Buffer::new().format(number));
+            }
+            Value::Latency(counts) => self.latency(family, counts),
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> fmt::Result {
+        Ok(())
+    }
+}
+
+/// What the format wants escaped within a label's quotes.
+fn escape(out: &mut String, value: &str) {
+    let mut rest = value;
+    while let Some(at) = rest.find(['\\', '"', '\n']) {
+        out.push_str(&rest[..at]);
+        out.push_str(match rest.as_bytes()[at] {
+            b'\\' => "\\\\",
+            b'"' => "\\\"",
+            _ => "\\n",
+        });
+        rest = &rest[at + 1..];
+    }
+    out.push_str(rest);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rules_of_the_format() {
+        let mut text = Text::with_capacity(0);
+        let family = Family { name: "a_total", help: "Things", kind: Kind::Counter };
+        text.begin(&family).unwrap();
+        text.sample(&family, &[], Value::Number(1.0)).unwrap();
+        let odd = [("x", "a\\b\"c\nd é"), ("y", "")];
+        text.sample(&family, &odd, Value::Number(1e-9)).unwrap();
+        assert_eq!(
+            text.finish(),
+            "# HELP a_total Things\n# TYPE a_total counter\na_total 1.0\n\
+             a_total{x=\"a\\\\b\\\"c\\nd é\",y=\"\"} 1e-9\n"
+        );
+    }
+}
