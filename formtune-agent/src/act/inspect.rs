@@ -1,14 +1,15 @@
 //! A look at the journal that changes nothing: for `formtune doctor`.
 
 use super::{BOOT_ID, journal, record};
+use formtune_core::units::VmId;
 use std::io;
 use std::path::{Path, PathBuf};
 
 /// What a state folder holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inspection {
-    /// Knobs that are changed, as far as the journal knows.
-    pub open: usize,
+    /// VMs with a knob that is changed, as far as the journal knows.
+    pub open: Vec<VmId>,
     /// Why the journal cannot be relied on.
     pub damage: Option<String>,
     /// A damaged journal that was set aside and not looked after yet.
@@ -26,5 +27,6 @@ pub fn inspect(state_dir: &Path) -> io::Result<Inspection> {
     };
     let boot = std::fs::read_to_string(BOOT_ID)?;
     let replay = record::replay(&bytes, boot.trim());
-    Ok(Inspection { open: replay.entries.len(), damage: replay.damage, set_aside })
+    let open = replay.entries.into_keys().map(|(vm, _)| vm).collect();
+    Ok(Inspection { open, damage: replay.damage, set_aside })
 }

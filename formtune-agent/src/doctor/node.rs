@@ -187,7 +187,7 @@ pub(super) fn journal(config: &Config, running: bool) -> Check {
         let remedy = "make it writable, or set another `state_dir`; until then nothing is written";
         return Check::finding(name, format!("{shown} cannot be written"), remedy);
     }
-    match (inspection.open, running) {
+    match (inspection.open.len(), running) {
         (0, _) => Check::ok(name, format!("in {shown}; no knob is changed")),
         (n, true) => Check::ok(name, format!("in {shown}; knobs changed now: {n}")),
         (n, false) => Check::finding(
