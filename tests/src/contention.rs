@@ -3,11 +3,12 @@
 use crate::knob::KnobCgroup;
 use anyhow::{Context, Result};
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The load ends by itself after so long.
-const LONGEST: Duration = Duration::from_secs(90);
+const LONGEST: Duration = Duration::from_secs(180);
 
 /// Three VM-shaped cgroups below one of their own, with load in them. Dropping it ends the
 /// load and removes the cgroups.
@@ -77,6 +78,11 @@ impl Contention {
         Ok(())
     }
 
+    /// The folder of the VMs.
+    pub fn folder(&self) -> &Path {
+        self.parent.path()
+    }
+
     /// Ends one of the VMs, cgroup and all.
     pub fn end(&mut self, vm: &str) {
         for (_, child) in self.load.0.iter_mut().filter(|(name, _)| name == vm) {
@@ -89,7 +95,7 @@ impl Contention {
 
     /// The configuration under which the agent acts on this contention at once; see [`eager`].
     pub fn eager(&self) -> String {
-        let name = self.parent.path().file_name().unwrap_or_default();
+        let name = self.folder().file_name().unwrap_or_default();
         eager(&name.to_string_lossy(), "off", &[])
     }
 

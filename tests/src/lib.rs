@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod contention;
+pub mod footprint;
 pub mod knob;
 pub mod libvirtd;
 pub mod payload;

@@ -9,11 +9,42 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const LEAVES: [&str; 2] = ["vcpu0", "emulator"];
+
+/// Makes directories as libvirt does for a VM on a host with systemd: `libvirt/vcpu0` and
+/// `libvirt/emulator` below `path`, four cgroups in all.
+///
+/// # Errors
+/// Those of `mkdir`.
+pub fn make_tree(path: &Path) -> io::Result<()> {
+    LEAVES.iter().try_for_each(|leaf| fs::create_dir_all(path.join("libvirt").join(leaf)))
+}
+
+/// Removes what [`make_tree`] made, and waits for processes in it that are ending.
+///
+/// # Errors
+/// Those of `rmdir`.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    let inner = path.join("libvirt");
+    LEAVES.map(|leaf| inner.join(leaf)).iter().chain([&inner, &path.into()]).try_for_each(remove)
+}
+
+/// Removes a cgroup; a process that has just ended leaves it a moment later.
+fn remove(path: &PathBuf) -> io::Result<()> {
+    for _ in 0..100 {
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
+        }
+    }
+    fs::remove_dir(path)
+}
 
 /// `formtune-test-PID-NAME/NAME/{vcpu0,emulator}`; removed when dropped.
 pub struct VmCgroup {
@@ -66,15 +97,8 @@ impl Drop for VmCgroup {
         let parent = self.path.parent().map(Path::to_owned).unwrap_or_default();
         let below = LEAVES.map(|leaf| self.path.join(leaf));
         for path in below.iter().chain([&self.path, &parent]) {
-            // A process that has just ended leaves its cgroup a moment later.
-            for _ in 0..100 {
-                match fs::remove_dir(path) {
-                    Err(error) if error.kind() == ErrorKind::ResourceBusy => {
-                        std::thread::sleep(Duration::from_millis(20));
-                    }
-                    _ => break,
-                }
-            }
+            // Gone already is fine.
+            let _ = remove(path);
         }
     }
 }
@@ -83,12 +107,20 @@ impl Drop for VmCgroup {
 pub struct Member(Pid);
 
 impl Member {
-    /// Forks, moves the child into `leaf` of `group`, pins it, and lets it run `body`, which
-    /// must be content with system calls: the test has other threads.
+    /// As [`Member::start_in`], in `leaf` of `group`.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn start(group: &VmCgroup, leaf: &str, cpu: Option<usize>, body: impl FnOnce()) -> Self {
+        Self::start_in(&group.path.join(leaf), cpu, body)
+    }
+
+    /// Forks, moves the child into `cgroup`, pins it, and lets it run `body`, which must be
+    /// content with system calls: the test has other threads.
     ///
     /// # Panics
     /// If any of that fails.
-    pub fn start(group: &VmCgroup, leaf: &str, cpu: Option<usize>, body: impl FnOnce()) -> Self {
+    pub fn start_in(cgroup: &Path, cpu: Option<usize>, body: impl FnOnce()) -> Self {
         // SAFETY: the child only makes system calls (see above) and never returns.
         let child = match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => Self(child),
@@ -103,7 +135,7 @@ impl Member {
         };
         // Stopped, not ended.
         waitpid(child.0, Some(WaitPidFlag::WUNTRACED)).unwrap();
-        fs::write(group.path.join(leaf).join("cgroup.procs"), child.0.to_string()).unwrap();
+        fs::write(cgroup.join("cgroup.procs"), child.0.to_string()).unwrap();
         if let Some(cpu) = cpu {
             let mut cpus = CpuSet::new();
             cpus.set(cpu).unwrap();

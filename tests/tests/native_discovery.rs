@@ -3,8 +3,9 @@
 use formtune_agent::sense::Sense;
 use formtune_agent::vm::Owner;
 use formtune_core::units::VmId;
+use formtune_tests::footprint::Footprint;
 use formtune_tests::sensing::{Sensing, in_time};
-use formtune_tests::vm_cgroup::{Member, VmCgroup};
+use formtune_tests::vm_cgroup::{Member, VmCgroup, make_tree, remove_tree};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,14 +24,10 @@ impl Folder {
         format!("{}/{{name}}", self.0.file_name().unwrap().to_str().unwrap())
     }
     fn start(&self, vm: &str) {
-        for leaf in ["libvirt/vcpu0", "libvirt/emulator"] {
-            std::fs::create_dir_all(self.0.join(vm).join(leaf)).unwrap();
-        }
+        make_tree(&self.0.join(vm)).unwrap();
     }
     fn stop(&self, vm: &str) {
-        for leaf in ["libvirt/vcpu0", "libvirt/emulator", "libvirt", ""] {
-            std::fs::remove_dir(self.0.join(vm).join(leaf)).unwrap();
-        }
+        remove_tree(&self.0.join(vm)).unwrap();
     }
 }
 
@@ -120,22 +117,6 @@ fn a_vm_started_again_begins_at_zero() {
     assert_eq!(sensing.sense.runq(&id).map(|runq| runq.count), Some(0));
 }
 
-/// Resident pages of this process, in KiB.
-fn resident_kib() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
-/// File descriptors and inotify watches of this process.
-fn held() -> (usize, usize) {
-    let fds = std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
-    let infos: Vec<String> = fds.flat_map(|fd| std::fs::read_to_string(fd.path())).collect();
-    let watches =
-        infos.iter().flat_map(|info| info.lines()).filter(|l| l.starts_with("inotify wd")).count();
-    (infos.len(), watches)
-}
-
 #[test]
 fn a_thousand_starts_and_stops_leave_nothing() {
     let folder = Folder::new("churn");
@@ -151,16 +132,16 @@ fn a_thousand_starts_and_stops_leave_nothing() {
     // Buffers grow to their size with the first hundred.
     round(&mut sensing, 0);
     round(&mut sensing, 50);
-    let (resident, before) = (resident_kib(), held());
+    let before = Footprint::of("self").unwrap();
     for first in (100..1_100).step_by(50) {
         round(&mut sensing, first);
     }
-    let grown = resident_kib().saturating_sub(resident);
-    println!("resident +{grown} KiB after 1,000 starts and stops; fds, watches {:?}", held());
-    assert_eq!(held().1, before.1, "inotify watches");
-    assert!(held().0 <= before.0 + 4, "files: {before:?}, {:?}", held());
+    let after = Footprint::of("self").unwrap();
+    println!("after 1,000 starts and stops: {after:?}, before: {before:?}");
+    assert_eq!(after.watches, before.watches);
+    assert!(after.files <= before.files + 4);
     // Less than 2 KiB per VM: a leaked row, total or reader has more.
-    assert!(grown < 2_000, "{grown} KiB more resident");
+    assert!(after.resident_kib < before.resident_kib + 2_000);
 }
 
 #[test]
