@@ -4,6 +4,7 @@
 use formtune_tests::agent::Site;
 use nix::sys::signal::Signal;
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Command, Output};
 
 const QUIET: &str = "libvirt = \"off\"\nlisten = \"off\"\n";
@@ -62,23 +63,69 @@ fn a_second_agent_that_enforces() {
     assert_eq!(next.end(Signal::SIGTERM).unwrap().code(), Some(0));
 }
 
-/// A kernel without BTF, played by an empty folder over it in a mount namespace of its own.
+/// Runs a command in a mount namespace of its own in which `source` lies over `target`.
+fn with_mounted(source: &Path, target: &str, command: &Command) -> Output {
+    Command::new("unshare")
+        .args(["--mount", "sh", "-c"])
+        .arg("mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"")
+        .arg("sh")
+        .arg(source)
+        .arg(target)
+        .arg(command.get_program())
+        .args(command.get_args())
+        .output()
+        .unwrap()
+}
+
+/// A kernel without BTF, played by an empty folder.
 #[test]
 fn a_kernel_without_btf() {
     let site = Site::new(QUIET).unwrap();
     let empty = site.path().join("empty");
     std::fs::create_dir(&empty).unwrap();
-    let output = Command::new("unshare")
-        .args(["--mount", "sh", "-c"])
-        .arg("mount --bind \"$1\" /sys/kernel/btf && shift && exec \"$@\"")
-        .arg("sh")
-        .arg(&empty)
-        .arg(formtune_tests::agent::program())
-        .args(["run", "--config"])
-        .arg(site.config())
-        .output()
-        .unwrap();
+    let output = with_mounted(&empty, "/sys/kernel/btf", &site.command(&["run"]));
     says(&refusal(&output), &["sched_switch", "BTF", "`doctor`, `restore`"]);
+}
+
+#[test]
+fn a_kernel_whose_btf_ends_early() {
+    let site = Site::new(QUIET).unwrap();
+    let cut = site.path().join("vmlinux");
+    let whole = std::fs::read("/sys/kernel/btf/vmlinux").unwrap();
+    std::fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
+    let output = with_mounted(&cut, "/sys/kernel/btf/vmlinux", &site.command(&["run"]));
+    says(&refusal(&output), &["sched_switch", "BTF is malformed", "`doctor`, `restore`"]);
+}
+
+/// A kernel of before 5.10, played by another release and by such a kernel's answer to what
+/// it does not know: the probe's maps are mapped into memory, and a map with a flag that is
+/// not known (`BPF_F_MMAPABLE` came with Linux 5.5) is EINVAL.
+#[test]
+fn a_kernel_that_is_too_old() {
+    let site = Site::new(QUIET).unwrap();
+    let release = site.path().join("osrelease");
+    std::fs::write(&release, "5.4.0-42-generic\n").unwrap();
+    let old = |args: &[&str]| {
+        let formtune = site.command(args);
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-e", "trace=bpf", "-e", "inject=bpf:error=EINVAL", "-o"]);
+        strace.arg(site.path().join("calls"));
+        strace.arg(formtune.get_program()).args(formtune.get_args());
+        with_mounted(&release, "/proc/sys/kernel/osrelease", &strace)
+    };
+    let line = refusal(&old(&["run"]));
+    println!("{line}");
+    says(&line, &["program sched_switch", "Linux 5.4.0 is older than 5.10", "`doctor`, `restore`"]);
+    let calls = std::fs::read_to_string(site.path().join("calls")).unwrap();
+    assert!(calls.contains("BPF_MAP_CREATE") && calls.contains("(INJECTED)"), "{calls}");
+
+    let doctor = old(&["doctor"]);
+    let found = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert_eq!(doctor.status.code(), Some(1), "{found}");
+    says(
+        &found,
+        &["Linux 5.4.0-42-generic", "sched_switch cannot be loaded: Linux 5.4.0 is older"],
+    );
 }
 
 #[test]

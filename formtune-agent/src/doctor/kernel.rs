@@ -3,37 +3,25 @@
 use super::Check;
 use crate::sense::btf::{self, Btf};
 use crate::sense::cgroup::Hierarchies;
+use crate::sense::kernel::{self, Version};
 use crate::sense::{ProbeState, trial};
 use std::path::Path;
 
-/// The oldest kernel that is tested.
-const OLDEST: (u32, u32) = (5, 10);
-
 pub(super) fn release() -> Check {
-    let path = "/proc/sys/kernel/osrelease";
-    let release = match std::fs::read_to_string(path) {
-        Ok(release) => release.trim().to_owned(),
+    let release = match kernel::release() {
+        Ok(release) => release,
         Err(error) => {
-            return Check::finding(
-                "kernel",
-                format!("failed to read {path}: {error}"),
-                "mount /proc",
-            );
+            let found = format!("failed to read {}: {error}", kernel::OSRELEASE);
+            return Check::finding("kernel", found, "mount /proc");
         }
     };
     let found = format!("Linux {release} on {}", std::env::consts::ARCH);
-    if version(&release).is_some_and(|version| version < OLDEST) {
+    if kernel::too_old(&release).is_some() {
         let remedy = "run 5.10 or later; on older kernels the program sched_switch may not load, \
                       and formtune then measures no waits and changes nothing";
         return Check::finding("kernel", found, remedy);
     }
     Check::ok("kernel", found)
-}
-
-/// `6.12` of `6.12.48+deb13-amd64`.
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 pub(super) fn btf() -> Check {
@@ -61,7 +49,7 @@ const CAPABILITIES: [(&str, u32, &str); 4] = [
 ];
 /// From here on maps are charged to the cgroup's memory instead of RLIMIT_MEMLOCK
 /// (commits 97306be45fbe and following).
-const NO_MEMLOCK: (u32, u32) = (5, 11);
+const NO_MEMLOCK: Version = Version(5, 11);
 const SYS_ADMIN: u32 = 21;
 
 /// The check, and whether the probe may be loaded.
@@ -73,8 +61,8 @@ pub(super) fn capabilities() -> (Check, bool) {
             u64::from_str_radix(hex.trim(), 16).ok()
         })
         .unwrap_or(0);
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let missing = missing(effective, version(&release).is_none_or(|v| v < NO_MEMLOCK));
+    let version = kernel::release().ok().and_then(|release| Version::of(&release));
+    let missing = missing(effective, version.is_none_or(|version| version < NO_MEMLOCK));
     let may_load = !missing.iter().any(|(name, _)| ["CAP_BPF", "CAP_PERFMON"].contains(name));
     if missing.is_empty() {
         return (Check::ok("rights", "all capabilities that formtune uses"), may_load);
@@ -119,14 +107,6 @@ pub(super) fn program(hierarchies: Option<&Hierarchies>, may_load: bool) -> Chec
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn versions_are_compared_by_number() {
-        assert_eq!(version("6.12.48+deb13-amd64"), Some((6, 12)));
-        assert_eq!(version("5.4.0-42-generic"), Some((5, 4)));
-        assert!(version("5.9.0").unwrap() < OLDEST && version("5.10.0").unwrap() >= OLDEST);
-        assert_eq!(version("unknown"), None);
-    }
 
     #[test]
     fn missing_capabilities_are_named_with_their_use() {

@@ -10,6 +10,7 @@ mod config;
 mod discover;
 mod health;
 pub mod inventory;
+pub mod kernel;
 mod libvirt_names;
 pub mod probes;
 mod runq;

@@ -1,6 +1,8 @@
 //! Slots: which VM the probe counts into which rows.
 
+use super::btf::BtfError;
 use super::health::ProbeState;
+use super::kernel;
 use super::probes::{self, Kernel, ProbeError, RunqProbe, Runs, Sizes};
 use super::runq::{HeldBy, RunqReader, RunqTotals, Scratch, SlotRows};
 use super::table::Table;
@@ -272,19 +274,24 @@ fn control() -> Control {
 
 fn unavailable(error: &ProbeError) -> ProbeState {
     let remedy = match error {
-        ProbeError::Btf(super::btf::BtfError::Read { .. }) => {
+        ProbeError::Btf(BtfError::Read { .. }) => {
             "run a kernel with CONFIG_DEBUG_INFO_BTF=y (5.10 or later; every Debian kernel since 11)"
         }
-        ProbeError::Btf(_) => {
+        ProbeError::Btf(BtfError::Malformed(_)) => {
+            "run another kernel (5.10 or later; every Debian kernel since 11 will do)"
+        }
+        ProbeError::Btf(BtfError::Missing(_)) => {
             "run a kernel 5.10 or later with CONFIG_SCHED_INFO, CONFIG_FAIR_GROUP_SCHED and cgroups"
         }
         ProbeError::Load(_) | ProbeError::Program(_) | ProbeError::Object(_) => {
             "run a kernel 5.10 or later, not locked down (/sys/kernel/security/lockdown)"
         }
     };
+    // What an old kernel says of what it does not know helps nobody by itself.
+    let too_old = kernel::release().ok().and_then(|release| kernel::too_old(&release));
     ProbeState::Unavailable {
         program: probes::SCHED_SWITCH,
-        why: error.to_string(),
+        why: too_old.map_or_else(|| error.to_string(), |too_old| format!("{too_old}: {error}")),
         remedy: format!(
             "{remedy}; without it `formtune run` does not start, and `doctor`, `restore`, `replay` \
              and `config` work"
