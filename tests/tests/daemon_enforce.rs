@@ -1,8 +1,10 @@
 //! `formtune run --mode enforce` on real cgroups under real contention: it turns knobs, and
 //! every way out brings them back.
 
+use formtune_agent::act::inspect;
 use formtune_tests::agent::Site;
 use formtune_tests::contention::Contention;
+use formtune_tests::wait::until;
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
@@ -101,15 +103,17 @@ fn a_vm_that_ends_leaves_nothing_behind() {
     let mut contention = contention("ends");
     let originals = contention.raw();
     let site = site(&contention);
+    let in_journal = || inspect(&site.state()).unwrap().open.iter().any(|vm| vm.0 == "noisy");
     let agent = site.run(&["--mode", "enforce"]).unwrap();
-    contention.wait_for_change(&originals, LIMIT);
+    // One whose knob is turned.
+    until(LIMIT, "turned knob of noisy", || (contention.raw()[2] != originals[2]).then_some(()));
+    assert!(in_journal(), "a knob is turned that the journal does not know");
     assert!(agent.get("/metrics").unwrap().contains("vm=\"noisy\""));
     contention.end("noisy");
-    let begin = std::time::Instant::now();
-    while agent.get("/metrics").unwrap().contains("vm=\"noisy\"") {
-        assert!(begin.elapsed() < LIMIT, "the VM is still shown: {}", site.log());
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    until(LIMIT, "end of noisy in /metrics", || {
+        (!agent.get("/metrics").unwrap().contains("vm=\"noisy\"")).then_some(())
+    });
+    assert!(!in_journal(), "the journal's entry is still open");
     assert!(!agent.get("/v1/vms").unwrap().contains("\"id\":\"noisy\""));
     assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
     assert_eq!(contention.raw(), originals[..2], "{}", site.log());
