@@ -159,6 +159,13 @@ impl Agent {
 
     /// The body of an answer with status 200.
     pub fn get(&self, path: &str) -> Result<String> {
+        let (status, body) = self.status(path)?;
+        ensure!(status == 200, "{path}: {status} {body}");
+        Ok(body)
+    }
+
+    /// Status and body of an answer.
+    pub fn status(&self, path: &str) -> Result<(u16, String)> {
         let mut stream = UnixStream::connect(&self.socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         // HTTP/1.0: the answer ends where the connection does.
@@ -166,9 +173,8 @@ impl Agent {
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-        let status = head.lines().next().unwrap_or_default();
-        ensure!(status.split(' ').nth(1) == Some("200"), "{path}: {status}");
-        Ok(body.to_owned())
+        let status = head.split_whitespace().nth(1).context("no HTTP status")?.parse()?;
+        Ok((status, body.to_owned()))
     }
 }
 

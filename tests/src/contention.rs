@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 /// The load ends by itself after so long.
 const LONGEST: Duration = Duration::from_secs(180);
 
+/// A neighbour's work.
+const SPIN: &str = "while (1) {}";
+
 /// Three VM-shaped cgroups below one of their own, with load in them. Dropping it ends the
 /// load and removes the cgroups.
 #[derive(Debug)]
@@ -30,7 +33,7 @@ struct Load(Vec<(String, Child)>);
 /// neighbours are; VMs that are not ours have a higher priority, hence are left alone.
 /// `libvirt` is a URI or `off`.
 pub fn eager(name: &str, libvirt: &str, others: &[&str]) -> String {
-    let neighbours = [&["loud", "noisy"], others].concat();
+    let neighbours = [&["loud", "noisy*"], others].concat();
     format!(
         "libvirt = \"{libvirt}\"\nlisten = \"off\"\ntick = \"100ms\"\n\
          cgroups = [\"{name}/{{name}}\"]\ncpu.cooldown = \"500ms\"\n\
@@ -51,22 +54,29 @@ impl Contention {
         crate::agent::program();
         let parent = KnobCgroup::make(name)?;
         let mut contention = Self { load: Load(Vec::new()), vms: Vec::new(), parent };
-        // perl is on every Debian (perl-base is essential); each wake-up is one wait. All of
-        // it ends by itself, should the test be killed.
-        let end = format!("alarm {};", LONGEST.as_secs());
-        let periodic = "while (1) { select(undef, undef, undef, 0.002); for (1..3000) {} }";
-        contention.add(name, "victim", &format!("{end} {periodic}"), 2)?;
-        for neighbour in ["loud", "noisy"] {
-            contention.add(name, neighbour, &format!("{end} while (1) {{}}"), 2)?;
-        }
+        contention.add(
+            "victim",
+            "while (1) { select(undef, undef, undef, 0.002); for (1..3000) {} }",
+            2,
+        )?;
+        contention.add("loud", SPIN, 2)?;
+        contention.add("noisy", SPIN, 2)?;
         Ok(contention)
     }
 
-    fn add(&mut self, parent: &str, vm: &str, script: &str, tasks: u32) -> Result<()> {
+    /// One more neighbour, whose name begins with `noisy`.
+    pub fn add_noisy(&mut self, more: &str) -> Result<()> {
+        self.add(&format!("noisy{more}"), SPIN, 1)
+    }
+
+    fn add(&mut self, vm: &str, script: &str, tasks: u32) -> Result<()> {
+        let parent = self.parent.path().file_name().unwrap_or_default().to_string_lossy();
         let cgroup = KnobCgroup::make(&format!("{parent}/{vm}"))?;
         for _ in 0..tasks {
+            // perl is on every Debian (perl-base is essential); each wake-up is one wait. All of
+            // it ends by itself, should the test be killed.
             let child = Command::new("perl")
-                .args(["-e", script])
+                .args(["-e", &format!("alarm {}; {script}", LONGEST.as_secs())])
                 .stdin(Stdio::null())
                 .spawn()
                 .context("failed to start perl")?;

@@ -403,7 +403,9 @@ impl Act {
 
     /// Closes the journal for good.
     fn bar(&mut self, error: &io::Error) -> ActError {
-        let why = format!("failed to write the journal: {error}; originals come back on stop");
+        let why = format!(
+            "failed to write the journal: {error}; originals are brought back; restart formtune to enforce again"
+        );
         tracing::error!("enforcement ends: {why}");
         self.journal = Err(why.clone());
         ActError::Barred { why }

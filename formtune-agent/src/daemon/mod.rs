@@ -9,6 +9,7 @@ mod alone;
 mod logging;
 mod privileges;
 mod publish;
+mod recording;
 mod signals;
 mod weights;
 
@@ -28,13 +29,12 @@ use anyhow::{Context, Result, bail};
 use formtune_core::plan::{Outcome, Plan};
 use formtune_core::policy::Mode;
 use formtune_core::sample::{HostSample, VmSample};
-use formtune_core::trace::{Header, HostFacts};
 use formtune_core::units::{Nanos, VmId};
 use formtune_core::{Sample, State, step};
 use nix::time::{ClockId, clock_gettime};
 use publish::{Facts, Seen};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
@@ -116,15 +116,7 @@ impl Agent {
     fn start(options: Options) -> Result<(Self, mpsc::Receiver<SnapshotRequest>, ServerHandle)> {
         let Options { mut config, config_path, .. } = options;
         privileges::check(config.policy.modes.cpu_weight)?;
-        let no_trace = |path: &Path| {
-            format!(
-                "failed to record to {} (name a file in a folder that is there and can be written)",
-                path.display()
-            )
-        };
-        if let Some(path) = &config.record {
-            record::may_begin(path, &config.state_dir).with_context(|| no_trace(path))?;
-        }
+        recording::check(&config)?;
         let listen = Listen { socket: config.socket.clone(), tcp: config.listen };
         let server = Server::bind(&listen)?;
         let alone = (config.policy.modes.cpu_weight == Mode::Enforce)
@@ -149,17 +141,7 @@ impl Agent {
             bail!("failed to load program {program}: {why} ({remedy})");
         }
         let facts = Facts::gather(&config, config_path, hypervisor.as_ref(), barred);
-        let recorder = config.record.as_ref().map(|path| {
-            let host = HostFacts {
-                cpus: facts.cpus,
-                kernel: facts.kernel.clone(),
-                agent: env!("CARGO_PKG_VERSION").to_owned(),
-                note: String::new(),
-            };
-            record::Writer::create(path, &Header::new(host, config.policy.clone()))
-                .with_context(|| no_trace(path))
-        });
-        let recorder = recorder.transpose()?;
+        let recorder = recording::begin(&config, &facts)?;
         let (snapshots, requests): (Snapshots, _) = source::channel(config.policy.tick);
         let http = server.spawn(snapshots).context("failed to start the HTTP interface")?;
         let mode = config.policy.modes.cpu_weight;
@@ -290,18 +272,6 @@ impl Agent {
         self.vms.remove(id);
     }
 
-    fn record(&mut self, sample: &Sample) {
-        let Some(recorder) = &mut self.recorder else { return };
-        let written = recorder.sample(sample).and_then(|()| match self.seq.is_multiple_of(20) {
-            true => recorder.flush(),
-            false => Ok(()),
-        });
-        if let Err(error) = written {
-            tracing::error!("recording ends: failed to write the trace: {error}");
-            self.recorder = None;
-        }
-    }
-
     /// Does what the plan says is to be written; in other modes nothing is.
     fn carry_out(&mut self, plan: &Plan) {
         if let Some(shift) = plan.sampling_shift {
@@ -316,15 +286,24 @@ impl Agent {
             self.weights.outcome(&outcome);
             self.outcomes.push(outcome);
         }
-        // A journal that cannot be written must not leave knobs turned until the agent ends.
         if self.enforcing && !self.act.enforce_allowed() {
-            self.enforcing = false;
-            self.facts.barred = self.act.enforce_barred().map(str::to_owned);
-            for knob in self.act.restore_all().knobs {
-                tracing::warn!("{knob}");
-                self.weights.forget(&knob.vm);
-            }
+            self.stop_enforcing();
         }
+    }
+
+    /// A journal that cannot be written must not leave knobs turned until the agent ends.
+    fn stop_enforcing(&mut self) {
+        self.enforcing = false;
+        self.facts.barred = self.act.enforce_barred().map(str::to_owned);
+        for knob in self.act.restore_all().knobs {
+            tracing::warn!("{knob}");
+            self.weights.forget(&knob.vm);
+        }
+        // As an agent that starts without the right to enforce: what the knobs should be is
+        // forgotten, or core would take the originals for somebody else's values.
+        self.config.policy.modes.cpu_weight = Mode::Shadow;
+        self.state = State::default();
+        self.record_anew();
     }
 
     fn note(&mut self, plan: Plan) {
@@ -334,7 +313,10 @@ impl Agent {
         }
         for outcome in &self.outcomes {
             self.decisions.outcome(outcome);
-            logging::outcome(outcome);
+            // Where enforcement has ended, a line has said so and why.
+            if self.enforcing {
+                logging::outcome(outcome);
+            }
         }
         for decision in &plan.decisions {
             if let Some(seen) = self.vms.get_mut(&decision.vm) {
@@ -350,9 +332,7 @@ impl Agent {
         for knob in &report.knobs {
             tracing::info!("{knob}");
         }
-        if let Some(Err(error)) = self.recorder.as_mut().map(record::Writer::flush) {
-            tracing::error!("failed to write the end of the trace: {error}");
-        }
+        self.end_record();
         drop(http);
         if !report.is_complete() {
             let failed: Vec<String> = report

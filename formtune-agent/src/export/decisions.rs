@@ -2,12 +2,13 @@
 //!
 //! There is a decision per VM and tick, most of them to do nothing. The log keeps every
 //! decision to do something, and of the others those that give a new reason, at most one
-//! per VM and ten seconds: a thousand idle VMs must not push out the one that matters.
+//! per VM and ten seconds: a thousand idle VMs must not push out the one that matters. That
+//! somebody else turned a knob is entered at once, and once: it stays so.
 
 use super::snapshot::{Change, Counters, DecisionCount, DecisionRecord, VmState, result_name};
-use formtune_core::plan::{Action, Decision, Outcome, Plan, Reason};
+use formtune_core::plan::{Action, Decision, Outcome, OutcomeResult, Plan, Reason};
 use formtune_core::policy::Mode;
-use formtune_core::units::{Nanos, VmId};
+use formtune_core::units::{Nanos, VmId, Weight};
 use std::collections::{BTreeMap, VecDeque};
 use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
@@ -33,10 +34,15 @@ struct PerVm {
     /// When something was last entered about it, and with which reason.
     entered: Option<(Nanos, Discriminant<Reason>)>,
     last_action: Option<Arc<DecisionRecord>>,
+    /// Somebody else's value, once it was entered.
+    yielded: Option<Weight>,
 }
 
 impl PerVm {
     fn is_news(&self, decision: &Decision, at: Nanos) -> bool {
+        if let Reason::Yielded { found } = decision.reason {
+            return self.yielded != Some(found);
+        }
         decision.action != Action::Hold
             || self.entered.is_none_or(|(entered, why)| {
                 why != discriminant(&decision.reason) && at.since(entered) >= HOLD_EVERY
@@ -60,6 +66,9 @@ impl DecisionLog {
                 self.seq += 1;
                 let record = Arc::new(record(self.seq, decision, plan, mode, unix_ms));
                 vm.entered = Some((plan.at, discriminant(&decision.reason)));
+                if let Reason::Yielded { found } = decision.reason {
+                    vm.yielded = Some(found);
+                }
                 if decision.action != Action::Hold {
                     vm.last_action = Some(record.clone());
                 }
@@ -76,6 +85,11 @@ impl DecisionLog {
     /// Enters what became of a setpoint.
     pub fn outcome(&mut self, outcome: &Outcome) {
         *self.counters.outcomes.entry(result_name(&outcome.result).into()).or_default() += 1;
+        if let OutcomeResult::Yielded { found } = outcome.result
+            && let Some(vm) = self.vms.get_mut(&outcome.vm)
+        {
+            vm.yielded = Some(found);
+        }
         let record = self.records.iter_mut().rev().find(|record| {
             record.plan_seq == outcome.plan_seq
                 && record.vm == outcome.vm
@@ -145,8 +159,7 @@ fn record(seq: u64, decision: &Decision, plan: &Plan, mode: Mode, unix_ms: u64) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use formtune_core::plan::{Evidence, Knob, OutcomeResult, Setpoint};
-    use formtune_core::units::Weight;
+    use formtune_core::plan::{Evidence, Knob, Setpoint};
 
     fn plan(seq: u64, action: Action) -> Plan {
         let vm = VmId::from("web-1");
@@ -178,6 +191,37 @@ mod tests {
         }
         assert_eq!(log.records().len(), 1);
         assert_eq!(log.counters().decisions[0].count, 100);
+    }
+
+    #[test]
+    fn somebody_elses_value_is_entered_at_once_and_once() {
+        let yielded = |seq, found: u32| {
+            let mut plan = plan(seq, Action::Hold);
+            let found = Weight::new(found).unwrap();
+            plan.decisions[0].reason = Reason::Yielded { found };
+            plan
+        };
+        let mut log = DecisionLog::default();
+        let mut enter = |plan: Plan| log.note(&plan, Mode::Enforce, UNIX_EPOCH).len();
+        assert_eq!(enter(plan(1, Action::Lower)), 1);
+        assert_eq!(enter(yielded(2, 777)), 1, "not only after ten seconds");
+        // Minutes later, and with other reasons in between.
+        assert_eq!(enter(plan(400, Action::Hold)), 1);
+        assert_eq!(enter(yielded(800, 777)), 0);
+        assert_eq!(enter(yielded(1_200, 778)), 1, "another value is another matter");
+
+        // One that an outcome has told of already.
+        let mut log = DecisionLog::default();
+        log.note(&plan(1, Action::Lower), Mode::Enforce, UNIX_EPOCH);
+        let found = Weight::new(777).unwrap();
+        log.outcome(&Outcome {
+            plan_seq: 1,
+            vm: VmId::from("web-1"),
+            knob: Knob::CpuWeight,
+            asked: Weight::MAX,
+            result: OutcomeResult::Yielded { found },
+        });
+        assert!(log.note(&yielded(2, 777), Mode::Enforce, UNIX_EPOCH).is_empty());
     }
 
     #[test]
