@@ -103,6 +103,9 @@ pub fn render(
         line("Because", &because(blamed));
     }
     line("CPU", &cpu(vm));
+    if let Some(memory) = memory(vm) {
+        line("Memory", &memory);
+    }
     line("Weight", &weight(vm));
     line("Decision", &decision(vm, node.node.modes.cpu_weight));
     let mut label = "Remedy";
@@ -215,8 +218,38 @@ fn cpu(vm: &VmState) -> String {
     if let Some(throttled) = vm.throttled_ns.filter(|&ns| ns > 0) {
         let since = style::age(Nanos(throttled));
         let _ = write!(text, "; its own quota has stopped it for {since} in all");
+        if let Some(periods) = vm.quota_periods.filter(|periods| periods.throttled > 0) {
+            let (throttled, all) = (grouped(periods.throttled), grouped(periods.all));
+            let _ = write!(text, ", in {throttled} of {all} periods");
+        }
     }
     text
+}
+
+/// Share of the time in which waiting for memory is worth a line.
+const MEMORY_PRESSURE: f64 = 0.01;
+
+/// What memory has to do with it; `None` where that is nothing.
+fn memory(vm: &VmState) -> Option<String> {
+    let mut found = Vec::new();
+    let stalled = vm.pressure.memory.and_then(|stalls| stalls.some);
+    if let Some(stall) = stalled.filter(|stall| stall.avg10_ratio >= MEMORY_PRESSURE) {
+        found.push(format!("waits for it {:.0} % of the time", stall.avg10_ratio * 100.0));
+    }
+    let events = &vm.memory_events;
+    let mut event = |count: Option<u64>, one: &str, what: &str| match count {
+        None | Some(0) => {}
+        Some(1) => found.push(one.to_owned()),
+        Some(count) => found.push(format!("{what} {} times", grouped(count))),
+    };
+    event(
+        events.high,
+        "was slowed down above memory.high once",
+        "was slowed down above memory.high",
+    );
+    event(events.max, "reached its limit once", "reached its limit");
+    event(events.oom_kill, "lost a process to the OOM killer", "lost a process to the OOM killer");
+    (!found.is_empty()).then(|| found.join("; "))
 }
 
 fn weight(vm: &VmState) -> String {

@@ -7,7 +7,7 @@ use crate::export::snapshot::{
     Snapshot, VmState,
 };
 use crate::hypervisor::Hypervisor;
-use crate::sense::VmReading;
+use crate::sense::{QuotaPeriods, VmReading};
 use formtune_core::plan::Decision;
 use formtune_core::sample::HostSample;
 use formtune_core::units::{ClassName, Nanos, Weight};
@@ -108,6 +108,7 @@ pub(super) struct Seen {
     attainment: Attainment,
     cpu_usage_ns: Option<u64>,
     throttled_ns: Option<u64>,
+    quota_periods: Option<QuotaPeriods>,
 }
 
 impl Seen {
@@ -118,12 +119,14 @@ impl Seen {
             attainment: Attainment::default(),
             cpu_usage_ns: None,
             throttled_ns: None,
+            quota_periods: None,
         }
     }
 
     pub fn usage(&mut self, reading: &VmReading) {
         self.cpu_usage_ns = reading.cpu_usage_ns;
         self.throttled_ns = reading.throttled_ns;
+        self.quota_periods = reading.quota_periods;
     }
 
     pub fn decided(&mut self, decision: &Decision) {
@@ -171,6 +174,12 @@ impl Agent {
                 let known = state.runq.is_some();
                 state.held_by = known.then(|| self.culprits.recent(id, now));
                 state.held_by_total = known.then(|| self.culprits.total(id));
+                state.quota_periods = seen.quota_periods;
+                if let Some(files) = self.sense.files(id) {
+                    state.pressure = files.pressure;
+                    state.memory_events = files.memory_events;
+                    state.runq_check = files.runq_check;
+                }
                 Some((id.clone(), state))
             })
             .collect();
@@ -230,6 +239,7 @@ impl Agent {
                 cost: OwnCost::read(),
             },
             counters: self.decisions.counters(),
+            pressure: *self.sense.pressure(),
         }
     }
 }

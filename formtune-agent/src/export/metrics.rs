@@ -6,6 +6,7 @@
 
 mod accept;
 mod exposition;
+mod kernel_files;
 pub mod protobuf;
 mod text;
 
@@ -65,6 +66,7 @@ impl Families<'_> {
         let help = "VMs whose series are left out, as there are too many";
         self.one("formtune_vms_left_out", help, Some(left_out as f64))?;
         self.vms(&shown)?;
+        self.kernel_files(node, &shown)?;
         self.decisions(node)
     }
 

@@ -6,6 +6,7 @@
 
 use super::culprits::Blamed;
 pub use super::latency::LatencyCounts;
+use crate::sense::{MemoryEvents, Pressure, QuotaPeriods, RunqCheck};
 use crate::vm::{CgroupVersion, Owner, Vm};
 use formtune_core::plan::{Action, Decision, Evidence, OutcomeResult, Reason};
 use formtune_core::policy::{Mode, Modes, Slo};
@@ -57,6 +58,9 @@ pub struct Node {
     pub agent: AgentState,
     /// Since the agent started.
     pub counters: Counters,
+    /// The node's pressure.
+    #[serde(default)]
+    pub pressure: Pressure,
 }
 
 /// Where cgroups are, and which interface carries the `cpu` controller.
@@ -235,6 +239,16 @@ pub struct VmState {
     pub held_by: Option<Blamed>,
     /// The same since the VM was first seen.
     pub held_by_total: Option<Blamed>,
+    /// Periods of that quota.
+    pub quota_periods: Option<QuotaPeriods>,
+    /// Time its tasks stalled for want of a resource.
+    #[serde(default)]
+    pub pressure: Pressure,
+    /// How often its memory limits were met.
+    #[serde(default)]
+    pub memory_events: MemoryEvents,
+    /// The probe's waits against the kernel's own sum.
+    pub runq_check: Option<RunqCheck>,
 }
 
 impl VmState {
@@ -267,6 +281,10 @@ impl VmState {
             throttled_ns: None,
             held_by: None,
             held_by_total: None,
+            quota_periods: None,
+            pressure: Pressure::default(),
+            memory_events: MemoryEvents::default(),
+            runq_check: None,
         }
     }
 

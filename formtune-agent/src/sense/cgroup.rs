@@ -20,6 +20,8 @@ pub struct Hierarchies {
     pub cpuacct: Option<PathBuf>,
     /// Mount point of the v2 hierarchy, also where `cpu` is on v1.
     pub unified: Option<PathBuf>,
+    /// Mount point of the v1 hierarchy with `memory`.
+    pub memory: Option<PathBuf>,
 }
 
 /// Why no hierarchy could be chosen.
@@ -73,9 +75,9 @@ impl Hierarchies {
                 .map(|m| m.point.clone())
         };
         let unified = mounts.iter().find(|m| m.kind == Kind::V2).map(|m| m.point.clone());
-        let cpuacct = v1("cpuacct");
+        let (cpuacct, memory) = (v1("cpuacct"), v1("memory"));
         if let Some(cpu) = v1("cpu") {
-            return Ok(Self { cpu, version: CgroupVersion::V1, cpuacct, unified });
+            return Ok(Self { cpu, version: CgroupVersion::V1, cpuacct, unified, memory });
         }
         let cpu = unified.clone().ok_or(CgroupError::NoCpuController)?;
         let path = cpu.join("cgroup.controllers");
@@ -83,7 +85,7 @@ impl Hierarchies {
         if !listed.split_whitespace().any(|c| c == "cpu") {
             return Err(CgroupError::NoCpuController);
         }
-        Ok(Self { cpu, version: CgroupVersion::V2, cpuacct, unified })
+        Ok(Self { cpu, version: CgroupVersion::V2, cpuacct, unified, memory })
     }
 }
 
@@ -175,6 +177,7 @@ mod tests {
         let found = find(
             "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
              32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
+             35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
              41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw",
             "hugetlb",
         )
@@ -183,6 +186,7 @@ mod tests {
         assert_eq!(found.version, CgroupVersion::V1);
         assert_eq!(found.cpuacct.as_deref(), Some(Path::new("/sys/fs/cgroup/cpu,cpuacct")));
         assert_eq!(found.unified.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
+        assert_eq!(found.memory.as_deref(), Some(Path::new("/sys/fs/cgroup/memory")));
     }
 
     #[test]

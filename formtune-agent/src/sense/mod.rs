@@ -8,6 +8,7 @@ pub mod btf;
 pub mod cgroup;
 mod config;
 mod discover;
+pub(crate) mod files;
 mod health;
 pub mod inventory;
 pub mod kernel;
@@ -19,9 +20,11 @@ mod table;
 mod usage;
 
 pub use config::{CgroupPattern, CgroupPatternError, SenseConfig};
+pub use files::{MemoryEvents, Pressure, RunqCheck, Stall, Stalls, VmFiles};
 pub use health::{ProbeHealth, ProbeState};
 pub use runq::RunqTotals;
 pub use slots::trial;
+pub use usage::QuotaPeriods;
 
 use crate::hypervisor::{Domain, Hypervisor};
 use crate::vm::{Owner, Vm};
@@ -82,6 +85,8 @@ pub struct VmReading {
     pub cpu_usage_ns: Option<u64>,
     /// Cumulative time throttled by its own quota, nanoseconds; renewed likewise.
     pub throttled_ns: Option<u64>,
+    /// Periods of that quota, renewed likewise.
+    pub quota_periods: Option<QuotaPeriods>,
 }
 
 /// How long a cgroup of libvirt's waits to be claimed by a domain, before it is taken for
@@ -107,6 +112,7 @@ pub struct Sense {
     cost: CostMeter,
     sampling_shift: u8,
     health: ProbeHealth,
+    files: files::Files,
 }
 
 struct Tracked {
@@ -117,6 +123,7 @@ struct Tracked {
     found_at: Nanos,
     /// `None` until it is clear whose it is.
     vm: Option<Arc<Vm>>,
+    files: files::VmReader,
 }
 
 impl Sense {
@@ -167,6 +174,7 @@ impl Sense {
             cost: CostMeter::default(),
             sampling_shift: 0,
             health,
+            files: files::Files::open(),
         })
     }
 
@@ -195,6 +203,7 @@ impl Sense {
             self.slots.ensure(&mut tracked.slot);
         }
         let (vms, blind) = self.read(now);
+        self.files.read(&self.hierarchies, &mut self.tracked, now);
         self.slots.flush_log();
         self.update_health();
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
@@ -234,6 +243,16 @@ impl Sense {
         tracked.slot.is_measured().then(|| tracked.slot.counted())
     }
 
+    /// What the kernel's files say of a VM, at most a few seconds old while it runs.
+    pub fn files(&self, vm: &VmId) -> Option<&VmFiles> {
+        Some(self.tracked.get(self.paths.get(vm)?)?.files.values())
+    }
+
+    /// The node's pressure, at most a second older than the last reading.
+    pub fn pressure(&self) -> &Pressure {
+        self.files.pressure()
+    }
+
     /// State of the probe.
     pub fn health(&self) -> &ProbeHealth {
         &self.health
@@ -249,6 +268,7 @@ impl Sense {
             found_at: now,
             vm: None,
             group,
+            files: files::VmReader::default(),
         };
         self.tracked.insert(tracked.group.path.clone(), tracked);
     }
@@ -348,6 +368,9 @@ impl Sense {
             discarded += tracked.totals.discarded - before.1;
             let Some(vm) = &tracked.vm else { continue };
             let ran = ran > 0 || runq.is_none();
+            if ran {
+                tracked.files.ran();
+            }
             let usage = tracked.usage.usage(&self.hierarchies, path, now, ran);
             if held != HeldBy::default() {
                 held_by.push((vm.id.clone(), held));
@@ -357,6 +380,7 @@ impl Sense {
                 runq,
                 cpu_usage_ns: usage.cpu_ns,
                 throttled_ns: usage.throttled_ns,
+                quota_periods: usage.periods,
             };
             vms.insert(vm.id.clone(), reading);
         }

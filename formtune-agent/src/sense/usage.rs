@@ -1,12 +1,14 @@
 //! CPU time: of the host from `/proc/stat`, of a VM from its cgroup.
 
 use super::cgroup::Hierarchies;
+use super::files::forward;
+use super::files::text::{key, read_at_start};
 use crate::vm::CgroupVersion;
 use formtune_core::units::Nanos;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// `/proc/stat`, kept open.
@@ -61,19 +63,64 @@ pub struct Usage {
     pub cpu_ns: Option<u64>,
     /// Time throttled, summed over CPUs as the kernel does.
     pub throttled_ns: Option<u64>,
+    /// Periods of the quota.
+    pub periods: Option<QuotaPeriods>,
+}
+
+/// Periods of a CPU quota, cumulative: `nr_periods` and `nr_throttled` of `cpu.stat`. Both
+/// stand still while no quota is set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuotaPeriods {
+    /// Periods in which it had something to run.
+    pub all: u64,
+    /// Of these, periods in which the quota was used up.
+    pub throttled: u64,
+}
+
+impl Usage {
+    /// From `cpu.stat`; `usage_usec` is on v2 only.
+    pub(super) fn parse(text: &str, version: CgroupVersion) -> Self {
+        let microseconds = |name| key(text, name)?.checked_mul(1_000);
+        let (all, throttled) = (key(text, "nr_periods"), key(text, "nr_throttled"));
+        Self {
+            cpu_ns: microseconds("usage_usec"),
+            throttled_ns: match version {
+                CgroupVersion::V2 => microseconds("throttled_usec"),
+                CgroupVersion::V1 => key(text, "throttled_time"),
+            },
+            periods: all.zip(throttled).map(|(all, throttled)| QuotaPeriods { all, throttled }),
+        }
+    }
+
+    /// What of it is a reading, after an earlier one.
+    fn after(self, before: &Self) -> Self {
+        let not_back = |before: Option<QuotaPeriods>, now: QuotaPeriods| {
+            before.is_none_or(|b| b.all <= now.all && b.throttled <= now.throttled)
+        };
+        Self {
+            cpu_ns: forward(before.cpu_ns, self.cpu_ns),
+            throttled_ns: forward(before.throttled_ns, self.throttled_ns),
+            periods: self.periods.filter(|now| not_back(before.periods, *now)),
+        }
+    }
 }
 
 /// Reads one VM's usage; files are opened with the first reading and kept open.
 pub struct UsageReader {
     source: Option<Source>,
-    throttled: Option<File>,
+    /// `cpu.stat` of the hierarchy that carries the `cpu` controller.
+    stat: Option<File>,
     version: CgroupVersion,
+    raw: Usage,
     last: Usage,
     read_at: Option<Nanos>,
+    /// It ran since.
+    ran: bool,
 }
 
+/// Where CPU time comes from if `cpu.stat` does not hold it.
 enum Source {
-    /// v2 `cpu.stat`: `usage_usec`.
+    /// v2 `cpu.stat` of a hybrid host: `usage_usec`.
     CpuStat(File),
     /// v1 `cpuacct.usage`: nanoseconds.
     Cpuacct(File),
@@ -87,11 +134,19 @@ const INTERVAL: Nanos = Nanos::from_secs(1);
 impl UsageReader {
     /// For a VM in a hierarchy of this version; opens nothing yet.
     pub fn new(version: CgroupVersion) -> Self {
-        Self { source: None, throttled: None, version, last: Usage::default(), read_at: None }
+        Self {
+            source: None,
+            stat: None,
+            version,
+            raw: Usage::default(),
+            last: Usage::default(),
+            read_at: None,
+            ran: false,
+        }
     }
 
-    /// The last reading, renewed if `ran` (the VM had switches since) and a second has
-    /// passed. A VM that never ran since it was found has been read once.
+    /// The last reading, renewed if the VM `ran` (had switches) since and a second has passed.
+    /// A VM that never ran since it was found has been read once.
     pub fn usage(
         &mut self,
         hierarchies: &Hierarchies,
@@ -99,13 +154,17 @@ impl UsageReader {
         now: Nanos,
         ran: bool,
     ) -> Usage {
+        self.ran |= ran;
         match self.read_at {
-            Some(at) if !ran || now.since(at) < INTERVAL => return self.last,
+            Some(at) if !self.ran || now.since(at) < INTERVAL => return self.last,
             Some(_) => {}
             None => self.open(hierarchies, cgroup),
         }
         self.read_at = Some(now);
-        self.last = self.read();
+        self.ran = false;
+        let raw = self.read();
+        self.last = raw.after(&self.raw);
+        self.raw = raw;
         self.last
     }
 
@@ -114,11 +173,9 @@ impl UsageReader {
         let own = |root: &Option<PathBuf>, file: &str| {
             File::open(root.as_ref()?.join(relative).join(file)).ok()
         };
-        let stat = File::open(cgroup.join("cpu.stat")).ok();
+        self.stat = File::open(cgroup.join("cpu.stat")).ok();
         self.source = match self.version {
-            CgroupVersion::V2 => {
-                stat.as_ref().and_then(|f| f.try_clone().ok()).map(Source::CpuStat)
-            }
+            CgroupVersion::V2 => None,
             CgroupVersion::V1 => Some(
                 own(&hierarchies.cpuacct, "cpuacct.usage")
                     .map(Source::Cpuacct)
@@ -126,27 +183,27 @@ impl UsageReader {
                     .unwrap_or_else(|| Source::Threads(Threads::new(cgroup))),
             ),
         };
-        self.throttled = stat;
     }
 
     fn read(&mut self) -> Usage {
-        let cpu_ns = match &mut self.source {
-            None => None,
-            Some(Source::CpuStat(file)) => read_at_start(file, 4096)
-                .ok()
-                .and_then(|t| key(&t, "usage_usec"))
-                .map(|us| us * 1000),
-            Some(Source::Cpuacct(file)) => {
-                read_at_start(file, 64).ok().and_then(|t| t.trim().parse().ok())
+        let stat = |file: &File| read_at_start(file, 4096).ok();
+        let mut usage = self
+            .stat
+            .as_ref()
+            .and_then(stat)
+            .map_or(Usage::default(), |text| Usage::parse(&text, self.version));
+        match &mut self.source {
+            None => {}
+            Some(Source::CpuStat(file)) => {
+                usage.cpu_ns =
+                    stat(file).and_then(|text| Usage::parse(&text, CgroupVersion::V2).cpu_ns);
             }
-            Some(Source::Threads(threads)) => threads.read(),
-        };
-        let throttled = self.throttled.as_ref().and_then(|file| read_at_start(file, 4096).ok());
-        let throttled_ns = throttled.and_then(|text| match self.version {
-            CgroupVersion::V2 => key(&text, "throttled_usec").map(|us| us * 1000),
-            CgroupVersion::V1 => key(&text, "throttled_time"),
-        });
-        Usage { cpu_ns, throttled_ns }
+            Some(Source::Cpuacct(file)) => {
+                usage.cpu_ns = read_at_start(file, 64).ok().and_then(|t| t.trim().parse().ok());
+            }
+            Some(Source::Threads(threads)) => usage.cpu_ns = threads.read(),
+        }
+        usage
     }
 }
 
@@ -200,32 +257,6 @@ fn tids_below(cgroup: &Path, tids: &mut Vec<String>, depth: u8) -> io::Result<()
     Ok(())
 }
 
-/// The value of a line `key value`.
-fn key(text: &str, key: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
-}
-
-/// Up to `limit` bytes from the start of a file of procfs or cgroupfs, which is made anew
-/// for each read at offset 0.
-fn read_at_start(file: &File, limit: usize) -> io::Result<String> {
-    let mut buffer = vec![0; limit.min(4096)];
-    let mut filled = 0;
-    loop {
-        match file.read_at(&mut buffer[filled..], filled as u64)? {
-            0 => break,
-            n => filled += n,
-        }
-        if filled == limit {
-            break;
-        }
-        if filled == buffer.len() {
-            buffer.resize((buffer.len() * 2).min(limit), 0);
-        }
-    }
-    buffer.truncate(filled);
-    Ok(String::from_utf8_lossy(&buffer).into_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,11 +269,52 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_whole_words() {
-        let text = "usage_usec 12\nnr_throttled 3\nthrottled_usec 40\n";
-        assert_eq!(key(text, "usage_usec"), Some(12));
-        assert_eq!(key(text, "throttled_usec"), Some(40));
-        assert_eq!(key(text, "throttled"), None);
+    fn cpu_stat_of_both_interfaces() {
+        let text = "usage_usec 12\nuser_usec 9\nsystem_usec 3\nnr_periods 8\nnr_throttled 3\n\
+            throttled_usec 40\nnr_bursts 0\nburst_usec 0\n";
+        let periods = Some(QuotaPeriods { all: 8, throttled: 3 });
+        assert_eq!(
+            Usage::parse(text, CgroupVersion::V2),
+            Usage { cpu_ns: Some(12_000), throttled_ns: Some(40_000), periods }
+        );
+        let v1 = "nr_periods 8\nnr_throttled 3\nthrottled_time 77\nwait_sum 5\n";
+        assert_eq!(
+            Usage::parse(v1, CgroupVersion::V1),
+            Usage { cpu_ns: None, throttled_ns: Some(77), periods }
+        );
+        // The controller is off: CPU time only.
+        let usage = Usage::parse("usage_usec 12\n", CgroupVersion::V2);
+        assert_eq!(usage, Usage { cpu_ns: Some(12_000), ..Usage::default() });
+    }
+
+    #[test]
+    fn what_is_cut_short_or_garbage_is_no_reading() {
+        let text = "usage_usec 12\nnr_periods 8\nnr_thrott";
+        let usage = Usage::parse(text, CgroupVersion::V2);
+        assert_eq!((usage.periods, usage.throttled_ns), (None, None));
+        for text in [
+            "",
+            "usage_usec",
+            "usage_usec x",
+            "usage_usec -1",
+            "usage 1",
+            "\0\0",
+            "usage_usec 18446744073709551615",
+        ] {
+            assert_eq!(Usage::parse(text, CgroupVersion::V2), Usage::default(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn counters_that_go_backwards_are_no_reading() {
+        let of = |cpu, throttled, all| Usage {
+            cpu_ns: Some(cpu),
+            throttled_ns: Some(throttled),
+            periods: Some(QuotaPeriods { all, throttled: 1 }),
+        };
+        assert_eq!(of(2, 3, 4).after(&Usage::default()), of(2, 3, 4));
+        assert_eq!(of(2, 3, 4).after(&of(2, 3, 4)), of(2, 3, 4));
+        assert_eq!(of(1, 2, 3).after(&of(2, 3, 4)), Usage::default());
     }
 
     #[test]
@@ -261,10 +333,12 @@ mod tests {
             version: CgroupVersion::V1,
             cpuacct: Some(root.join("cpuacct")),
             unified: Some(root.join("unified")),
+            memory: None,
         };
         let cgroup = root.join("cpu/machine/a");
         let read = |at| UsageReader::new(CgroupVersion::V1).usage(&hierarchies, &cgroup, at, true);
-        let expected = Usage { cpu_ns: Some(5_000), throttled_ns: Some(77) };
+        let periods = Some(QuotaPeriods { all: 9, throttled: 2 });
+        let expected = Usage { cpu_ns: Some(5_000), throttled_ns: Some(77), periods };
         assert_eq!(read(Nanos(1)), expected);
         write("cpuacct/machine/a/cpuacct.usage", "123456\n");
         assert_eq!(read(Nanos(1)), Usage { cpu_ns: Some(123_456), ..expected });
@@ -280,16 +354,19 @@ mod tests {
             version: CgroupVersion::V2,
             cpuacct: None,
             unified: None,
+            memory: None,
         };
         let mut reader = UsageReader::new(CgroupVersion::V2);
         let mut at =
             |now, ran| reader.usage(&hierarchies, dir.path(), Nanos::from_millis(now), ran);
-        let first = Usage { cpu_ns: Some(1_000), throttled_ns: Some(2_000) };
+        let first = Usage { cpu_ns: Some(1_000), throttled_ns: Some(2_000), periods: None };
         assert_eq!(at(0, false), first);
         std::fs::write(&stat, "usage_usec 3\n").unwrap();
         assert_eq!(at(5_000, false), first, "idle");
-        assert_eq!(at(5_001, true), Usage { cpu_ns: Some(3_000), throttled_ns: None });
+        let second = Usage { cpu_ns: Some(3_000), ..Usage::default() };
+        assert_eq!(at(5_001, true), second);
         std::fs::write(&stat, "usage_usec 4\n").unwrap();
         assert_eq!(at(5_999, true).cpu_ns, Some(3_000), "less than a second later");
+        assert_eq!(at(6_001, false).cpu_ns, Some(4_000), "it ran after the last reading");
     }
 }

@@ -3,6 +3,7 @@
 use formtune_agent::export::culprits::{Blamed, Held, Holder};
 use formtune_agent::export::snapshot::*;
 use formtune_agent::export::{DecisionLog, Listen, Server, ServerHandle, SnapshotRequest, source};
+use formtune_agent::sense::{MemoryEvents, Pressure, QuotaPeriods, RunqCheck, Stall, Stalls};
 use formtune_agent::vm::{CgroupVersion, Owner, Vm};
 use formtune_common::histogram;
 use formtune_core::plan::*;
@@ -58,6 +59,10 @@ fn node(log: &DecisionLog) -> Node {
             cost: OwnCost { cpu_ns: 7_200_000_000, resident_bytes: 22 << 20 },
         },
         counters: log.counters(),
+        pressure: Pressure {
+            cpu: Some(Stalls { some: Some(stall(30_250_000, 0.125)), full: None }),
+            ..Pressure::default()
+        },
     }
 }
 
@@ -80,6 +85,10 @@ fn vm(name: &str, class: &str) -> VmState {
     state.cpu_weight_entitlement = Some(Weight::DEFAULT);
     state.cpu_weight_bounds = Some((weight(25), weight(400)));
     state
+}
+
+fn stall(total_us: u64, avg10_ratio: f64) -> Stall {
+    Stall { total_us, avg10_ratio }
 }
 
 fn dense(waits: &[(u64, u64)]) -> LatencyCounts {
@@ -147,6 +156,19 @@ fn hog() -> VmState {
         max: Some(Nanos::from_millis(14)),
     });
     vm.runq = Some(dense(&[(3_000_000, 9_000), (12_000_000, 100)]));
+    vm.throttled_ns = Some(12_000_000_000);
+    vm.quota_periods = Some(QuotaPeriods { all: 3_600, throttled: 120 });
+    let full = Some(stall(2_000_000, 0.0));
+    vm.pressure.memory = Some(Stalls { some: Some(stall(7_500_000, 0.23)), full });
+    vm.memory_events = MemoryEvents { max: Some(41), oom_kill: Some(1), ..Default::default() };
+    vm.runq_check = Some(RunqCheck {
+        at: AT,
+        span: Nanos::from_secs(10),
+        threads: 6,
+        counted_ns: 980_000_000,
+        kernel_ns: 1_000_000_000,
+        divergence_ratio: -0.02,
+    });
     vm.decided(&quiet("hog-1", Reason::LoweredFor { victim: VmId::from("web-1") }));
     vm
 }

@@ -98,6 +98,29 @@ fn values_are_those_of_the_snapshot_in_base_units() {
 }
 
 #[test]
+fn the_kernels_files_are_told_apart_by_resource_kind_and_event() {
+    let samples = parse(&text(&Arc::new(fixture::snapshot())));
+    let of = |name: &str| -> Vec<(Vec<&str>, f64)> {
+        let named = samples.iter().filter(|(series, _)| series.0 == name);
+        named
+            .map(|(series, value)| (series.1.iter().map(|(_, v)| v.as_str()).collect(), *value))
+            .collect()
+    };
+    assert_eq!(of("formtune_node_pressure_seconds_total"), [(vec!["cpu", "some"], 30.25)]);
+    assert_eq!(
+        of("formtune_vm_pressure_seconds_total"),
+        [(vec!["hog-1", "memory", "some"], 7.5), (vec!["hog-1", "memory", "full"], 2.0)]
+    );
+    assert_eq!(
+        of("formtune_vm_memory_events_total"),
+        [(vec!["hog-1", "max"], 41.0), (vec!["hog-1", "oom_kill"], 1.0)]
+    );
+    assert_eq!(of("formtune_vm_cpu_periods_total"), [(vec!["hog-1"], 3_600.0)]);
+    assert_eq!(of("formtune_vm_cpu_throttled_periods_total"), [(vec!["hog-1"], 120.0)]);
+    assert_eq!(of("formtune_vm_runqueue_divergence_ratio"), [(vec!["hog-1"], -0.02)]);
+}
+
+#[test]
 fn what_is_not_known_is_absent() {
     let samples = parse(&text(&Arc::new(fixture::snapshot())));
     let odd = "a\"b\\c/d é";
