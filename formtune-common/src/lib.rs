@@ -9,3 +9,4 @@ pub mod histogram;
 pub mod runq;
 pub mod sampling;
 pub mod table;
+pub mod tcp;

@@ -8,6 +8,7 @@
 pub mod count;
 pub mod histogram;
 pub mod kernel;
+pub mod packet;
 pub mod table;
 
 /// What every object needs besides its programs: the licence that the kernel checks, as
