@@ -3,9 +3,12 @@
 pub mod agent;
 pub mod contention;
 pub mod footprint;
+pub mod frames;
 pub mod knob;
 pub mod libvirtd;
+pub mod net;
 pub mod payload;
 pub mod sensing;
+pub mod twin;
 pub mod vm_cgroup;
 pub mod wait;

@@ -145,6 +145,11 @@ impl Member {
         child
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.as_raw().cast_unsigned()
+    }
+
     /// `run_delay` in nanoseconds and `pcount`, from `/proc/PID/schedstat`
     /// (Documentation/scheduler/sched-stats.rst).
     ///

@@ -153,6 +153,28 @@ impl Btf {
         Ok(offset)
     }
 
+    /// Arguments of a tracepoint, e.g. `tcp_retransmit_skb`: those of the function type
+    /// `btf_trace_…` behind the first, which is the kernel's own (include/linux/tracepoint.h).
+    ///
+    /// # Errors
+    /// [`BtfError::Missing`].
+    pub fn tracepoint_arguments(&self, name: &str) -> Result<u32, BtfError> {
+        let wanted = format!("btf_trace_{name}");
+        let missing = || BtfError::Missing(format!("tracepoint {name}"));
+        let of_type = |at: usize| self.u32(at + 4).map(|info| (info >> 24 & 0x1f, info & 0xffff));
+        let typedef = self.types.iter().skip(1).map(|at| *at as usize).find(|&at| {
+            of_type(at).is_some_and(|(kind, _)| kind == KIND_TYPEDEF)
+                && self.name(at) == Some(&wanted)
+        });
+        let at = typedef.and_then(|at| self.resolve(self.u32(at + 8)?));
+        // A pointer to the function's type.
+        let at = at.and_then(|at| self.resolve(self.u32(at + 8)?)).ok_or_else(missing)?;
+        match of_type(at) {
+            Some((KIND_FUNC_PROTO, arguments)) => arguments.checked_sub(1).ok_or_else(missing),
+            _ => Err(missing()),
+        }
+    }
+
     /// Value of an enumerator whose name ends in `_cgrp_id`, e.g. `cpu_cgrp_id`: the index
     /// of a cgroup controller in `css_set.subsys`.
     ///

@@ -17,6 +17,7 @@ pub mod probes;
 mod runq;
 mod slots;
 mod table;
+pub mod tcp;
 mod usage;
 
 pub use config::{CgroupPattern, CgroupPatternError, SenseConfig};
@@ -40,6 +41,7 @@ use slots::Slots;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use tcp::{Tcp, TcpCounts, TcpHealth};
 use usage::{HostCpu, UsageReader};
 
 /// Why nothing can be sensed at all. A probe that cannot be loaded is not among these: see
@@ -113,6 +115,7 @@ pub struct Sense {
     sampling_shift: u8,
     health: ProbeHealth,
     files: files::Files,
+    tcp: Tcp,
 }
 
 struct Tracked {
@@ -141,6 +144,7 @@ impl Sense {
         raise_limits();
         let kernel = Kernel::open();
         let (slots, runq) = Slots::open(kernel.as_ref(), hierarchies.version, config.max_vms);
+        let tcp = Tcp::open(kernel.as_ref(), &hierarchies, config.max_vms);
         drop(kernel);
         let has_hypervisor = hypervisor.is_some();
         let tree = Tree::new(&hierarchies.cpu, &config.patterns);
@@ -175,6 +179,7 @@ impl Sense {
             sampling_shift: 0,
             health,
             files: files::Files::open(),
+            tcp,
         })
     }
 
@@ -191,6 +196,7 @@ impl Sense {
                 Found::Change(Change::Appeared(group, ids)) => self.track(group, &ids, now),
                 Found::Change(Change::Regrouped(group, ids)) => {
                     if let Some(tracked) = self.tracked.get_mut(&group.path) {
+                        self.tcp.track(&group.path, &ids, now);
                         self.slots.regroup(&mut tracked.slot, &ids);
                         tracked.group = group;
                     }
@@ -204,6 +210,7 @@ impl Sense {
         }
         let (vms, blind) = self.read(now);
         self.files.read(&self.hierarchies, &mut self.tracked, now);
+        self.tcp.sample(now);
         self.slots.flush_log();
         self.update_health();
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
@@ -253,12 +260,23 @@ impl Sense {
         self.files.pressure()
     }
 
+    /// A VM's TCP retransmissions since it was first seen; `None` if there is no such VM.
+    pub fn tcp(&self, vm: &VmId) -> Option<TcpCounts> {
+        Some(self.tcp.counts(self.paths.get(vm)?))
+    }
+
+    /// State of the probes behind [`Sense::tcp`].
+    pub fn tcp_health(&self) -> TcpHealth {
+        self.tcp.health()
+    }
+
     /// State of the probe.
     pub fn health(&self) -> &ProbeHealth {
         &self.health
     }
 
     fn track(&mut self, group: Group, ids: &BTreeSet<u64>, now: Nanos) {
+        self.tcp.track(&group.path, ids, now);
         let mut slot = slots::Slot::default();
         self.slots.regroup(&mut slot, ids);
         let tracked = Tracked {
@@ -276,6 +294,7 @@ impl Sense {
     /// Forgets a VM; returns its name if it had one.
     fn untrack(&mut self, path: &PathBuf, now: Nanos) -> Option<VmId> {
         let tracked = self.tracked.remove(path)?;
+        self.tcp.untrack(path, now);
         self.slots.release(tracked.slot, now);
         let id = tracked.vm?.id.clone();
         self.paths.remove(&id);

@@ -238,7 +238,7 @@ fn sizes(max_vms: u32, cpus: u32) -> Sizes {
 }
 
 /// The greatest CPU number that can ever come, and one.
-fn possible_cpus() -> u32 {
+pub(super) fn possible_cpus() -> u32 {
     let list = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
     greatest(&list).map_or(1024, |cpu| cpu + 1)
 }
@@ -283,7 +283,10 @@ fn unavailable(error: &ProbeError) -> ProbeState {
         ProbeError::Btf(BtfError::Missing(_)) => {
             "run a kernel 5.10 or later with CONFIG_SCHED_INFO, CONFIG_FAIR_GROUP_SCHED and cgroups"
         }
-        ProbeError::Load(_) | ProbeError::Program(_) | ProbeError::Object(_) => {
+        ProbeError::Load(_)
+        | ProbeError::Program(_)
+        | ProbeError::Object(_)
+        | ProbeError::Mmap(..) => {
             "run a kernel 5.10 or later, not locked down (/sys/kernel/security/lockdown)"
         }
     };

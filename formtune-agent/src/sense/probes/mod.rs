@@ -3,11 +3,16 @@
 
 mod cost;
 mod floor;
+mod mapped;
+mod retransmit;
 mod runq;
+mod tap;
 
 pub use cost::{Cost, CostMeter, Runs};
 pub use floor::Floor;
+pub use retransmit::{RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB};
 pub use runq::{RunqProbe, SCHED_SWITCH, Sizes};
+pub use tap::{FORMTUNE_TAP_TX, TapLinks, TapMethod, TapProbe, TapSizes};
 
 use super::btf::{self, Btf, BtfError};
 use super::table::TableMaps;
@@ -138,6 +143,9 @@ pub enum ProbeError {
     /// aya lists neither; cannot happen with the object built from this tree.
     #[error("the probes' object has no {0}")]
     Object(&'static str),
+    /// A map's rows.
+    #[error("failed to map {0} into memory: {1}")]
+    Mmap(&'static str, #[source] std::io::Error),
 }
 
 impl From<aya::EbpfError> for ProbeError {

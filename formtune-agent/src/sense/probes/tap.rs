@@ -1,0 +1,170 @@
+//! The probe of what guests' TCP sends again, on their tap devices.
+
+use super::mapped::Mapped;
+use super::{CgroupTable, ProbeError, load, take};
+use aya::maps::{Array, MapData};
+use aya::programs::tc::{
+    NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program,
+};
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use aya::{Ebpf, include_bytes_aligned};
+use formtune_common::tcp::{TapControl, TapRow};
+
+/// The object that build.rs made of `formtune-ebpf/src/bin/tap.rs`.
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-tap"));
+
+/// The programs and their hooks. The guest sends what comes in at its tap.
+const PROGRAMS: [(&str, TcAttachType); 2] =
+    [(FORMTUNE_TAP_TX, TcAttachType::Ingress), ("formtune_tap_rx", TcAttachType::Egress)];
+
+/// The first of the programs; also the name of its filter where there is no TCX.
+pub const FORMTUNE_TAP_TX: &str = "formtune_tap_tx";
+
+/// How a program gets onto a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TapMethod {
+    /// A link, which ends with the agent however it ends; from 6.6 on.
+    Tcx,
+    /// A filter of the qdisc `clsact`, which an agent that is killed leaves behind.
+    Clsact,
+}
+
+impl TapMethod {
+    /// What the running kernel has.
+    pub fn of_kernel() -> Self {
+        // Asks only; a kernel without TCX does not know the question.
+        match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+            Ok(_) => Self::Tcx,
+            Err(_) => Self::Clsact,
+        }
+    }
+
+    /// For people and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+}
+
+/// How large the maps are made.
+#[derive(Clone, Copy, Debug)]
+pub struct TapSizes {
+    /// Devices looked at at once.
+    pub places: u32,
+    /// Rows per place: the greatest possible CPU number and one.
+    pub cpus: u32,
+    /// Places of `TABLE`, a power of two.
+    pub table: u32,
+    /// Sets of flows, a power of two.
+    pub flow_sets: u32,
+}
+
+/// The probe, loaded. It sees the devices it is attached to.
+pub struct TapProbe {
+    /// Which interface index has which place.
+    pub interfaces: CgroupTable,
+    rows: Mapped<TapRow>,
+    cpus: u32,
+    method: TapMethod,
+    ebpf: Ebpf,
+}
+
+/// Both programs on one device; detached when dropped.
+pub struct TapLinks(#[expect(dead_code, reason = "detach when dropped")] [SchedClassifierLink; 2]);
+
+impl TapProbe {
+    /// Loads both programs.
+    ///
+    /// # Errors
+    /// [`ProbeError`], one line.
+    pub fn load(
+        sizes: TapSizes,
+        method: TapMethod,
+        control: TapControl,
+        seed: u64,
+    ) -> Result<Self, ProbeError> {
+        let constants = [
+            ("TABLE_MASK", sizes.table - 1),
+            ("FLOWS_MASK", sizes.flow_sets - 1),
+            ("ROWS_PER_PLACE", sizes.cpus),
+            ("SEED_LOW", seed as u32),
+            ("SEED_HIGH", (seed >> 32) as u32),
+        ];
+        let rows = sizes.places * sizes.cpus;
+        let lengths = [
+            ("ROWS", rows),
+            ("TABLE", sizes.table),
+            ("SPILL", sizes.table),
+            ("FLOWS", sizes.flow_sets),
+        ];
+        let mut ebpf = load(OBJECT, &constants, &lengths)?;
+        let rows = Mapped::of(&mut ebpf, "ROWS", rows)?;
+        let interfaces = CgroupTable::of(&mut ebpf)?;
+        let map: Array<MapData, TapControl> =
+            take(&mut ebpf, "CONTROL")?.try_into().map_err(aya::EbpfError::from)?;
+        let mut map = map;
+        map.set(0, control, 0).map_err(aya::EbpfError::from)?;
+        let mut probe = Self { interfaces, rows, cpus: sizes.cpus, method, ebpf };
+        for (name, _) in PROGRAMS {
+            probe.program(name)?.load()?;
+        }
+        Ok(probe)
+    }
+
+    /// How it is attached.
+    pub fn method(&self) -> TapMethod {
+        self.method
+    }
+
+    /// Attaches both programs to a device, before whatever else is there.
+    ///
+    /// # Errors
+    /// [`ProbeError`]; nothing is attached then.
+    pub fn attach(&mut self, device: &str) -> Result<TapLinks, ProbeError> {
+        if self.method == TapMethod::Clsact {
+            // It may be there already; if it cannot be had, attaching says so.
+            let _ = qdisc_add_clsact(device);
+        }
+        let [tx, rx] = PROGRAMS;
+        let tx = self.attach_one(device, tx)?;
+        Ok(TapLinks([tx, self.attach_one(device, rx)?]))
+    }
+
+    fn attach_one(
+        &mut self,
+        device: &str,
+        (name, hook): (&'static str, TcAttachType),
+    ) -> Result<SchedClassifierLink, ProbeError> {
+        let options = match self.method {
+            TapMethod::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
+            TapMethod::Clsact => {
+                // What an agent that was killed has left. Mostly there is nothing.
+                let _ = qdisc_detach_program(device, hook, name);
+                // The kernel chooses a priority before all others.
+                TcAttachOptions::Netlink(NlOptions::default())
+            }
+        };
+        let program = self.program(name)?;
+        let link = program.attach_with_options(device, hook, options)?;
+        Ok(program.take_link(link)?)
+    }
+
+    fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, ProbeError> {
+        let program = self.ebpf.program_mut(name).ok_or(ProbeError::Object(name))?;
+        Ok(program.try_into()?)
+    }
+
+    /// What all CPUs counted at a place since the probe was loaded.
+    pub fn row(&self, place: u32) -> TapRow {
+        let mut sum = TapRow::default();
+        for cpu in 0..self.cpus {
+            let row = self.rows.get(place * self.cpus + cpu);
+            for (sum, way) in sum.ways.iter_mut().zip(row.ways) {
+                sum.add(&way);
+            }
+        }
+        sum
+    }
+}

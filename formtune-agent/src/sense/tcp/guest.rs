@@ -1,0 +1,167 @@
+//! What guests' own TCP sends again: the handle of the thread that follows tap devices.
+
+use super::super::ProbeState;
+use super::super::probes::{FORMTUNE_TAP_TX, ProbeError, TapMethod, TapProbe, TapSizes};
+use super::super::slots::possible_cpus;
+use super::taps::{Follower, Order};
+use super::unavailable;
+use formtune_common::tcp::{TapControl, TapRow, Way};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// What is missing without it.
+pub(super) const WITHOUT: &str = "without it retransmissions of the guests' TCP are not counted";
+/// Tap devices per VM to make room for.
+const TAPS_PER_VM: u32 = 2;
+/// Most kernel memory that rows may take, bytes.
+const ROWS_MAX_BYTES: u64 = 64 << 20;
+/// 65,536 flows, 4 MiB.
+const FLOW_SETS: u32 = 1 << 14;
+
+/// A VM's counts since it was first seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestCounts {
+    /// What the guest sent.
+    pub sent: Way,
+    /// What it was sent.
+    pub received: Way,
+    /// The devices looked at now.
+    pub taps: Vec<String>,
+}
+
+impl GuestCounts {
+    pub(super) fn add(&mut self, row: &TapRow) {
+        let [sent, received] = &row.ways;
+        self.sent.add(sent);
+        self.received.add(received);
+    }
+}
+
+/// What is seen and what is not.
+#[derive(Clone, Debug)]
+pub struct GuestHealth {
+    /// The probe.
+    pub state: ProbeState,
+    /// How it gets onto devices.
+    pub method: TapMethod,
+    /// Devices looked at.
+    pub taps: u32,
+    /// Devices of VMs that are not looked at: no room, or attaching failed.
+    pub taps_not_measured: u32,
+    /// Why, of the last one; `None` if there never was one.
+    pub why: Option<String>,
+}
+
+/// What the thread tells: all VMs' counts, and its state.
+pub(super) struct Published {
+    pub vms: BTreeMap<PathBuf, GuestCounts>,
+    pub health: GuestHealth,
+}
+
+pub(super) struct Guest {
+    published: Arc<Mutex<Published>>,
+    orders: Option<Sender<Order>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Guest {
+    /// Loads the probe, and starts the thread. Without either, all else still works.
+    pub fn open(max_vms: u32) -> Self {
+        let method = TapMethod::of_kernel();
+        let (probe, state, sizes) = match load(max_vms, method) {
+            Ok((probe, sizes)) => (Some((probe, sizes)), ProbeState::Loaded, sizes.places),
+            Err(error) => (None, unavailable(FORMTUNE_TAP_TX, &error, WITHOUT), 0),
+        };
+        tracing::debug!("tap devices: {state:?} by {}, {sizes} at most", method.name());
+        let health = GuestHealth { state, method, taps: 0, taps_not_measured: 0, why: None };
+        let published = Published { vms: BTreeMap::new(), health };
+        let mut guest = Self {
+            published: Arc::new(Mutex::new(published)),
+            orders: None,
+            stop: Arc::new(AtomicBool::new(false)),
+            thread: None,
+        };
+        if let Some((probe, sizes)) = probe {
+            guest.start(probe, sizes);
+        }
+        guest
+    }
+
+    fn start(&mut self, probe: TapProbe, sizes: TapSizes) {
+        let (orders, inbox) = channel();
+        let follower = Follower::new(probe, sizes, self.published.clone());
+        let stop = self.stop.clone();
+        let started = std::thread::Builder::new()
+            .name("formtune-taps".into())
+            .spawn(move || follower.run(&inbox, &stop));
+        match started {
+            Ok(thread) => (self.thread, self.orders) = (Some(thread), Some(orders)),
+            Err(error) => {
+                lock(&self.published).health.state = ProbeState::Unavailable {
+                    program: FORMTUNE_TAP_TX,
+                    why: format!("no thread: {error}"),
+                    remedy: format!("raise the limit on threads; {WITHOUT}"),
+                };
+            }
+        }
+    }
+
+    pub fn track(&self, vm: &Path) {
+        self.order(Order::Track(vm.into()));
+    }
+
+    pub fn untrack(&self, vm: &Path) {
+        self.order(Order::Untrack(vm.into()));
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // Fails only where the thread has panicked, which the counts then show.
+            let _ = orders.send(order);
+        }
+    }
+
+    /// `None` while no device of the VM is known.
+    pub fn counts(&self, vm: &Path) -> Option<GuestCounts> {
+        lock(&self.published).vms.get(vm).cloned()
+    }
+
+    pub fn health(&self) -> GuestHealth {
+        lock(&self.published).health.clone()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // At most one poll; it takes the programs off the devices.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Nothing is ever held while something can panic.
+pub(super) fn lock(published: &Mutex<Published>) -> MutexGuard<'_, Published> {
+    published.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load(max_vms: u32, method: TapMethod) -> Result<(TapProbe, TapSizes), ProbeError> {
+    let cpus = possible_cpus();
+    let most = ROWS_MAX_BYTES / (u64::from(cpus) * size_of::<TapRow>() as u64);
+    let places = max_vms.saturating_mul(TAPS_PER_VM).clamp(1, most.clamp(1, 1 << 20) as u32);
+    let table = places.saturating_mul(4).next_power_of_two().clamp(1 << 8, 1 << 16);
+    let sizes = TapSizes { places, cpus, table, flow_sets: FLOW_SETS };
+    Ok((TapProbe::load(sizes, method, TapControl::default(), seed())?, sizes))
+}
+
+/// From the kernel's random numbers; without them, which cannot be, from the clock.
+fn seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(std::process::id())
+}

@@ -1,0 +1,267 @@
+//! The thread that follows tap devices: finds those of each VM, attaches the probe, and adds
+//! up what it counts. Attaching waits for a lock of the kernel's, reading `/proc` takes
+//! time: neither must hold up the sampling loop.
+//!
+//! A VM's devices are looked for when it appears, some more times at growing intervals, and
+//! when the kernel reports new devices. One that vanishes takes the programs with it; its
+//! place is freed at the next look.
+
+use super::super::probes::{TapLinks, TapProbe, TapSizes};
+use super::super::table::Table;
+use super::find::taps_of;
+use super::guest::{GuestCounts, Published, lock};
+use super::links::Links;
+use formtune_common::tcp::TapRow;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Orders and the request to stop are looked for this often.
+const POLL_MS: u8 = 100;
+/// Counters are added up this often.
+const READ: Duration = Duration::from_millis(500);
+/// A VM's devices are looked for again after this, doubled each time.
+const LOOK_FIRST: Duration = Duration::from_millis(100);
+const LOOK_LAST: Duration = Duration::from_secs(60);
+/// The longest pause where the kernel's news of devices cannot be had.
+const LOOK_LAST_BLIND: Duration = Duration::from_secs(2);
+
+/// What the thread is told.
+pub enum Order {
+    /// The cgroup of a VM that appeared, or whose groups are others now.
+    Track(PathBuf),
+    /// It is gone.
+    Untrack(PathBuf),
+}
+
+pub struct Follower {
+    probe: TapProbe,
+    published: Arc<Mutex<Published>>,
+    links: Option<Links>,
+    table: Table,
+    /// Places, those that were freed last at the end.
+    free: VecDeque<u32>,
+    vms: BTreeMap<PathBuf, Vm>,
+    read_at: Instant,
+    why: Option<String>,
+}
+
+struct Vm {
+    taps: BTreeMap<u32, Tap>,
+    /// Devices that are not looked at.
+    failed: BTreeMap<u32, String>,
+    counts: GuestCounts,
+    look_at: Instant,
+    look_next: Duration,
+}
+
+struct Tap {
+    name: String,
+    place: u32,
+    last: TapRow,
+    links: TapLinks,
+}
+
+impl Follower {
+    pub fn new(probe: TapProbe, sizes: TapSizes, published: Arc<Mutex<Published>>) -> Self {
+        let links = Links::open();
+        if let Err(error) = &links {
+            tracing::debug!("no news of network devices: {error}");
+        }
+        Self {
+            probe,
+            published,
+            links: links.ok(),
+            table: Table::new(sizes.table),
+            free: (0..sizes.places).collect(),
+            vms: BTreeMap::new(),
+            read_at: Instant::now(),
+            why: None,
+        }
+    }
+
+    /// Until told to stop; the programs leave the devices when this returns.
+    pub fn run(mut self, orders: &Receiver<Order>, stop: &AtomicBool) {
+        while !stop.load(Ordering::Relaxed) {
+            self.wait();
+            let mut changed = false;
+            for order in orders.try_iter() {
+                changed |= self.obey(order);
+            }
+            if self.links.as_ref().is_some_and(Links::changed) {
+                let now = Instant::now();
+                self.vms.values_mut().for_each(|vm| vm.look_soon(now));
+            }
+            changed |= self.look();
+            if changed || self.read_at.elapsed() >= READ {
+                self.read();
+                self.publish();
+            }
+        }
+    }
+
+    fn wait(&self) {
+        match &self.links {
+            Some(links) => {
+                let mut fds = [PollFd::new(links.as_fd(), PollFlags::POLLIN)];
+                // Interrupted: looked for again below.
+                let _ = poll(&mut fds, PollTimeout::from(POLL_MS));
+            }
+            None => std::thread::sleep(Duration::from_millis(POLL_MS.into())),
+        }
+    }
+
+    /// Whether devices were let go.
+    fn obey(&mut self, order: Order) -> bool {
+        match order {
+            Order::Track(path) => {
+                let now = Instant::now();
+                self.vms.entry(path).or_insert_with(|| Vm::new(now)).look_soon(now);
+                false
+            }
+            Order::Untrack(path) => {
+                let Some(vm) = self.vms.remove(&path) else { return false };
+                for (index, tap) in vm.taps {
+                    self.let_go(index, tap);
+                }
+                true
+            }
+        }
+    }
+
+    /// Looks for the devices of the VMs whose turn it is; whether there are others now.
+    fn look(&mut self) -> bool {
+        let now = Instant::now();
+        let last = if self.links.is_some() { LOOK_LAST } else { LOOK_LAST_BLIND };
+        let due: Vec<PathBuf> =
+            self.vms.iter().filter(|(_, vm)| vm.look_at <= now).map(|(p, _)| p.clone()).collect();
+        let mut changed = false;
+        for path in due {
+            let Some(mut vm) = self.vms.remove(&path) else { continue };
+            vm.look_at = now + vm.look_next;
+            vm.look_next = (vm.look_next * 2).min(last);
+            let found = taps_of(&path);
+            let gone: Vec<u32> =
+                vm.taps.keys().filter(|index| !found.contains_key(index)).copied().collect();
+            for index in gone {
+                if let Some(mut tap) = vm.taps.remove(&index) {
+                    tap.read(&self.probe, &mut vm.counts);
+                    self.let_go(index, tap);
+                    changed = true;
+                }
+            }
+            vm.failed.retain(|index, _| found.contains_key(index));
+            for (index, name) in found {
+                if vm.taps.contains_key(&index) {
+                    continue;
+                }
+                changed = true;
+                match self.attach(index, &name) {
+                    Ok(tap) => {
+                        vm.failed.remove(&index);
+                        vm.taps.insert(index, tap);
+                    }
+                    Err(why) => {
+                        if vm.failed.insert(index, why.clone()).is_none() {
+                            tracing::warn!("tap device {name} is not looked at: {why}");
+                        }
+                        self.why = Some(format!("{name}: {why}"));
+                    }
+                }
+            }
+            self.vms.insert(path, vm);
+        }
+        changed
+    }
+
+    /// # Errors
+    /// Why not, one line.
+    fn attach(&mut self, index: u32, name: &str) -> Result<Tap, String> {
+        let place = self.free.pop_front().ok_or("there is room for no more devices")?;
+        let attached =
+            self.table.insert(&mut self.probe.interfaces, index.into(), place).and_then(|()| {
+                self.probe.attach(name).map_err(|error| {
+                    let _ = self.table.remove(&mut self.probe.interfaces, index.into());
+                    error.to_string()
+                })
+            });
+        match attached {
+            Ok(links) => {
+                Ok(Tap { name: name.to_owned(), place, last: self.probe.row(place), links })
+            }
+            Err(why) => {
+                self.free.push_front(place);
+                Err(why)
+            }
+        }
+    }
+
+    fn let_go(&mut self, index: u32, tap: Tap) {
+        // Off the device first; it may be gone already.
+        drop(tap.links);
+        if let Err(error) = self.table.remove(&mut self.probe.interfaces, index.into()) {
+            tracing::warn!("interface {index} may be counted on: {error}");
+        }
+        self.free.push_back(tap.place);
+    }
+
+    fn read(&mut self) {
+        self.read_at = Instant::now();
+        for vm in self.vms.values_mut() {
+            for tap in vm.taps.values_mut() {
+                tap.read(&self.probe, &mut vm.counts);
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let taps = |vm: &Vm| vm.taps.values().map(|tap| tap.name.clone()).collect();
+        let vms: BTreeMap<_, _> = self
+            .vms
+            .iter()
+            .filter(|(_, vm)| !vm.taps.is_empty() || vm.counts != GuestCounts::default())
+            .map(|(path, vm)| (path.clone(), GuestCounts { taps: taps(vm), ..vm.counts.clone() }))
+            .collect();
+        let mut published = lock(&self.published);
+        published.vms = vms;
+        published.health.taps = self.vms.values().map(|vm| vm.taps.len() as u32).sum();
+        published.health.taps_not_measured =
+            self.vms.values().map(|vm| vm.failed.len() as u32).sum();
+        published.health.why.clone_from(&self.why);
+    }
+}
+
+impl Vm {
+    fn new(now: Instant) -> Self {
+        Self {
+            taps: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            counts: GuestCounts::default(),
+            look_at: now,
+            look_next: LOOK_FIRST,
+        }
+    }
+
+    /// Looks now, and again shortly: a device is there before the VM's process holds it.
+    fn look_soon(&mut self, now: Instant) {
+        self.look_at = now;
+        self.look_next = LOOK_FIRST;
+    }
+}
+
+impl Tap {
+    fn read(&mut self, probe: &TapProbe, into: &mut GuestCounts) {
+        let row = probe.row(self.place);
+        let mut new = TapRow::default();
+        for (new, (now, last)) in new.ways.iter_mut().zip(row.ways.iter().zip(&self.last.ways)) {
+            *new = now.since(last);
+        }
+        into.add(&new);
+        self.last = row;
+    }
+}

@@ -1,0 +1,134 @@
+//! Network of a test's own: a namespace, a lossy receiver, tap devices and frames.
+
+use nix::libc;
+use nix::sched::{CloneFlags, unshare};
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// Puts the calling thread, and what it starts from now on, into a network namespace of its
+/// own with `lo` up.
+///
+/// # Errors
+/// Those of `unshare` and `ioctl`.
+pub fn own_namespace() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    up("lo")
+}
+
+fn request(name: &str) -> libc::ifreq {
+    // SAFETY: plain numbers and a union of such.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = byte.cast_signed();
+    }
+    request
+}
+
+/// Switches a device on.
+///
+/// # Errors
+/// Those of `ioctl`.
+pub fn up(name: &str) -> io::Result<()> {
+    // SAFETY: a system call; the descriptor is a new one.
+    let socket = unsafe {
+        let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    let mut request = request(name);
+    // SAFETY: a request for a device's flags.
+    unsafe {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Makes a tap device; it is there as long as the descriptor is.
+///
+/// # Errors
+/// Those of `open` and `ioctl`.
+pub fn tap(name: &str) -> io::Result<OwnedFd> {
+    let tun = fs::File::options().read(true).write(true).open("/dev/net/tun")?;
+    let mut request = request(name);
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: a request with name and flags.
+    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    up(name)?;
+    Ok(tun.into())
+}
+
+/// Has a socket (and those that it accepts) drop this share of the segments that it is sent:
+/// before TCP sees them, so that the sender has to send them again. In 65,536ths.
+///
+/// # Errors
+/// Those of `setsockopt`.
+pub fn drop_some(socket: &impl AsRawFd, share: u16) -> io::Result<()> {
+    let code = |code, k| libc::sock_filter { code, jt: 0, jf: 1, k };
+    // A = random; if (A & 0xffff) >= share, accept the whole, else nothing
+    // (linux/filter.h: SKF_AD_OFF + SKF_AD_RANDOM).
+    let mut program = [
+        code(0x20, 0xffff_f000 + 56),
+        code(0x54, 0xffff),
+        code(0x35, share.into()),
+        code(0x06, 0x4_0000),
+        code(0x06, 0),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: a program of that length.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of_val(&program) as u32,
+        )
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Limits a socket's segments to `bytes` of payload.
+///
+/// # Errors
+/// Those of `setsockopt`.
+pub fn max_segment(socket: &impl AsRawFd, bytes: i32) -> io::Result<()> {
+    // SAFETY: an option of that size.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_MAXSEG,
+            (&raw const bytes).cast(),
+            size_of_val(&bytes) as u32,
+        )
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Segments that TCP sent again in the calling thread's namespace, as the kernel counts them.
+///
+/// # Errors
+/// If `/proc` does not say.
+pub fn retransmitted_segments() -> io::Result<u64> {
+    retrans_segs(&fs::read_to_string("/proc/thread-self/net/snmp")?)
+        .ok_or_else(|| io::Error::other("no RetransSegs in /proc/net/snmp"))
+}
+
+/// `RetransSegs` in a text like that of `/proc/net/snmp`.
+pub fn retrans_segs(snmp: &str) -> Option<u64> {
+    let mut tcp = snmp.lines().filter(|line| line.starts_with("Tcp:"));
+    let (names, values) = (tcp.next()?, tcp.next()?);
+    let at = names.split_whitespace().position(|name| name == "RetransSegs")?;
+    values.split_whitespace().nth(at)?.parse().ok()
+}

@@ -1,0 +1,204 @@
+//! TCP retransmissions on the running kernel: of the host's own TCP against the kernel's
+//! count of its namespace, and of a guest's TCP with frames of known content at a tap device.
+
+use formtune_agent::sense::tcp::{GuestCounts, HostCounts};
+use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
+use formtune_core::units::{Nanos, VmId};
+use formtune_tests::frames::Wire;
+use formtune_tests::net;
+use formtune_tests::twin::Twin;
+use formtune_tests::vm_cgroup::{Member, VmCgroup};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+struct Sensing {
+    sense: Sense,
+    start: Instant,
+}
+
+impl Sensing {
+    fn open(groups: &[&VmCgroup]) -> Self {
+        let patterns = groups.iter().map(|group| group.pattern().parse().unwrap()).collect();
+        let config = SenseConfig { patterns, max_vms: 64, ..SenseConfig::default() };
+        let mut new = Self { sense: Sense::open(&config, None).unwrap(), start: Instant::now() };
+        let health = new.sense.tcp_health();
+        assert_eq!(health.host.state, ProbeState::Loaded);
+        assert_eq!(health.guest.state, ProbeState::Loaded);
+        new.sample();
+        new
+    }
+
+    fn sample(&mut self) {
+        self.sense.sample(Nanos(self.start.elapsed().as_nanos() as u64));
+    }
+
+    fn host(&mut self, vm: &VmId) -> Option<HostCounts> {
+        self.sample();
+        self.sense.tcp(vm)?.host
+    }
+
+    fn guest(&mut self, vm: &VmId) -> Option<GuestCounts> {
+        self.sample();
+        self.sense.tcp(vm)?.guest
+    }
+
+    /// Asks until it is as expected, at most `limit`.
+    fn until<T: std::fmt::Debug>(
+        &mut self,
+        limit: Duration,
+        mut ask: impl FnMut(&mut Self) -> T,
+        expected: impl Fn(&T) -> bool,
+    ) -> T {
+        let begun = Instant::now();
+        loop {
+            let answer = ask(self);
+            if expected(&answer) {
+                return answer;
+            }
+            let health = self.sense.tcp_health();
+            assert!(begun.elapsed() < limit, "after {limit:?}: {answer:?}, {health:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Sends bytes over a connection that the receiver makes lossy, from a VM's cgroup.
+#[test]
+fn what_the_host_sends_again_is_counted_for_the_vm_whose_socket_it_is() {
+    const BYTES: usize = 40 << 20;
+    net::own_namespace().unwrap();
+    let (busy, idle) = (VmCgroup::new("ft-tcp-busy"), VmCgroup::new("ft-tcp-idle"));
+    let (busy_twin, _idle_twin) = (Twin::of(&busy), Twin::of(&idle));
+    let mut sensing = Sensing::open(&[&busy, &idle]);
+    sensing.until(Duration::from_secs(2), |s| s.host(&busy.id()), Option::is_some);
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    net::max_segment(&listener, 1_400).unwrap();
+    net::drop_some(&listener, 2_000).unwrap();
+    let address = listener.local_addr().unwrap();
+    let before = net::retransmitted_segments().unwrap();
+    let (mut go, mut say) =
+        nix::unistd::pipe().map(|(r, w)| (File::from(r), File::from(w))).unwrap();
+    let sender = Member::start(&busy, "emulator", None, || {
+        // Until it is where it belongs in every hierarchy.
+        let _ = go.read(&mut [0]);
+        let Ok(mut stream) = TcpStream::connect(address) else { return };
+        let chunk = [0x55; 1 << 16];
+        for _ in 0..BYTES / chunk.len() {
+            if stream.write_all(&chunk).is_err() {
+                return;
+            }
+        }
+    });
+    busy_twin.take(sender.id());
+    say.write_all(&[1]).unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    let (mut received, mut buffer) = (0, vec![0; 1 << 20]);
+    loop {
+        match stream.read(&mut buffer).unwrap() {
+            0 => break,
+            n => received += n,
+        }
+    }
+    sender.join();
+    assert_eq!(received, BYTES);
+    let counted = sensing.host(&busy.id()).unwrap();
+    let kernel = net::retransmitted_segments().unwrap() - before;
+    let others = sensing.sense.tcp_health().host.no_vm;
+    println!("kernel {kernel}, {counted:?}, of no VM {others:?}");
+    assert!(kernel >= 300, "{kernel} retransmissions are no test");
+    let share = counted.retransmitted as f64 / kernel as f64;
+    assert!((0.9..=1.1).contains(&share), "{counted:?}, the kernel {kernel}");
+    assert_eq!(sensing.host(&idle.id()), Some(HostCounts::default()));
+}
+
+/// A process of a VM that holds a tap device and puts on it what it is told to, as a guest
+/// would.
+struct Guest {
+    member: Option<Member>,
+    /// Frames, each with its length before it. It ends when this is closed.
+    frames: Option<File>,
+}
+
+impl Guest {
+    fn start(group: &VmCgroup, tap: &str) -> Self {
+        let (mut read, write) =
+            nix::unistd::pipe().map(|(r, w)| (File::from(r), File::from(w))).unwrap();
+        let writer = std::os::fd::AsRawFd::as_raw_fd(&write);
+        let member = Member::start(group, "emulator", None, || {
+            let _ = nix::unistd::close(writer);
+            let Ok(tap) = net::tap(tap) else { return };
+            let mut tap = File::from(tap);
+            let (mut length, mut frame) = ([0; 2], [0; 4096]);
+            while read.read_exact(&mut length).is_ok() {
+                let length = usize::from(u16::from_be_bytes(length));
+                if read.read_exact(&mut frame[..length]).is_err() {
+                    return;
+                }
+                let _ = tap.write_all(&frame[..length]);
+            }
+        });
+        Self { member: Some(member), frames: Some(write) }
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        let pipe = self.frames.as_mut().unwrap();
+        pipe.write_all(&(frame.len() as u16).to_be_bytes()).unwrap();
+        pipe.write_all(frame).unwrap();
+    }
+
+    fn end(mut self) {
+        self.frames = None;
+        self.member.take().unwrap().join();
+    }
+}
+
+#[test]
+fn what_a_guest_sends_again_is_recognised_on_its_tap() {
+    net::own_namespace().unwrap();
+    let (busy, idle) = (VmCgroup::new("ft-tap-busy"), VmCgroup::new("ft-tap-idle"));
+    let mut sensing = Sensing::open(&[&busy, &idle]);
+    let mut guest = Guest::start(&busy, "ft-tap0");
+    let limit = Duration::from_secs(1);
+    let has_tap =
+        |counts: &Option<GuestCounts>| counts.as_ref().is_some_and(|c| !c.taps.is_empty());
+    let counts = sensing.until(limit, |s| s.guest(&busy.id()), has_tap).unwrap();
+    assert_eq!(counts.taps, ["ft-tap0"]);
+
+    let len = 100;
+    let forms: [fn(&Wire) -> Vec<u8>; 4] =
+        [Wire::v4, |w| w.v4_tagged(&[5]), |w| w.v6(&[]), |w| w.v6(&[0, 60])];
+    for (flow, form) in (1..).zip(forms) {
+        // Across the end of the sequence numbers.
+        let mut seq = 0_u32.wrapping_sub(450);
+        for n in 0..10 {
+            guest.send(&form(&Wire::data(flow, seq, len)));
+            if n % 2 == 1 {
+                guest.send(&form(&Wire::data(flow, seq, len)));
+            }
+            seq = seq.wrapping_add(len.into());
+        }
+    }
+    guest.send(&[0xff; 20]);
+    let mut fragment = Wire::data(1, 0, len).v4();
+    fragment[14 + 6] = 0x20;
+    guest.send(&fragment);
+    let all = |counts: &Option<GuestCounts>| counts.as_ref().unwrap().sent.segments >= 60;
+    let counts = sensing.until(Duration::from_secs(3), |s| s.guest(&busy.id()), all).unwrap();
+    println!("{counts:?}");
+    assert_eq!(counts.sent.segments, 60);
+    assert_eq!(counts.sent.bytes, 6_000);
+    assert_eq!((counts.sent.retransmitted, counts.sent.retransmitted_bytes), (20, 2_000));
+    assert_eq!((counts.sent.reordered, counts.sent.untracked), (0, 0));
+    assert_eq!(counts.sent.unread, 1);
+    assert_eq!(sensing.guest(&idle.id()), None, "it has no tap");
+
+    // The device goes while it is looked at.
+    guest.end();
+    let none = |counts: &Option<GuestCounts>| counts.as_ref().unwrap().taps.is_empty();
+    let kept = sensing.until(limit, |s| s.guest(&busy.id()), none).unwrap();
+    assert_eq!(kept.sent, counts.sent, "what was counted stays");
+    assert_eq!(sensing.sense.tcp_health().guest.taps, 0);
+}
