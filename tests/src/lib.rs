@@ -8,6 +8,7 @@ pub mod knob;
 pub mod libvirtd;
 pub mod net;
 pub mod payload;
+pub mod retransmit;
 pub mod sensing;
 pub mod twin;
 pub mod vm_cgroup;

@@ -10,6 +10,7 @@ use formtune_core::plan::{Knob, OutcomeResult, Reason, Setpoint};
 use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId, Weight};
 use formtune_tests::payload::{Agent, CONTENDED, Checks, Passed};
+use formtune_tests::retransmit;
 use formtune_tests::wait::eventually;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::Signal;
@@ -36,10 +37,20 @@ const VMS: [&str; 3] = ["batch-1", "idle", "web-1"];
 const OUTSIDE: &str = "system.slice/cron.service";
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() == Some("spin") {
-        loop {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => {}
+        ["spin"] => loop {
             std::hint::spin_loop();
+        },
+        ref words => {
+            return match retransmit::role(words) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{words:?}: {error:#}");
+                    ExitCode::FAILURE
+                }
+            };
         }
     }
     let mut checks = Checks::default();
@@ -52,6 +63,10 @@ fn main() -> ExitCode {
         Ok(format!("{:?}", sense.health()))
     });
     checks.run("attributes", || attributes(load.as_ref().map_err(|e| anyhow::anyhow!("{e:#}"))?));
+    checks.run("retransmit", || {
+        let mut sense = open_sense()?;
+        retransmit::check(&mut sense, &"idle".into(), &make_group(IDLE)?, now)
+    });
     checks.run("acts", acts);
     let mut agent = None;
     checks.run("closes the loop", || {

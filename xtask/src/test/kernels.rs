@@ -22,6 +22,9 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What precedes a result on the machine's console.
 const MARK: &str = "CHECK ";
 
+/// Tap devices, and tc programs where there is no TCX.
+const MODULES: &[&str] = &["tun", "sch_ingress", "cls_bpf"];
+
 /// A machine takes 10 to 40 s.
 const LIMIT: Duration = Duration::from_secs(180);
 
@@ -120,7 +123,8 @@ fn run_on(kernel: &Kernel, name: &str, programs: &Programs) -> Result<(Checked, 
     let mut initramfs = Initramfs::new(kernel, INIT_PAYLOAD)?;
     initramfs
         .copy("payload/run", &programs.payload)?
-        .copy("payload/formtune", &programs.formtune)?;
+        .copy("payload/formtune", &programs.formtune)?
+        .modules(MODULES);
     initramfs.write(&file)?;
     let ended = run_machine(&Machine {
         name: &format!("kernel-{name}"),
