@@ -3,7 +3,7 @@
 
 use crate::frames::Wire;
 use crate::net;
-use crate::payload::eventually;
+use crate::wait::eventually;
 use anyhow::{Context, Result, ensure};
 use formtune_agent::sense::Sense;
 use formtune_agent::sense::tcp::TcpCounts;
