@@ -48,7 +48,7 @@ pub struct Site {
 impl Site {
     /// `more` is TOML that goes after the folders' keys.
     pub fn new(more: &str) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("formtune-site-").tempdir()?;
+        let dir = tempfile::Builder::new().prefix("site-").tempdir()?;
         let site = Self { dir };
         site.configure(more)?;
         Ok(site)

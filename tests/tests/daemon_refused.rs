@@ -171,18 +171,20 @@ fn a_state_folder_that_is_read_only_or_full() {
 #[test]
 fn a_user_without_capabilities() {
     let site = Site::new(QUIET).unwrap();
-    // Somewhere that user may read.
-    let program = site.path().join("formtune");
-    std::fs::copy(formtune_tests::agent::program(), &program).unwrap();
+    std::fs::copy(formtune_tests::agent::program(), site.path().join("formtune")).unwrap();
     let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(site.path(), all).unwrap();
-    let output = Command::new("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(&program)
-        .args(["run", "--mode", "enforce", "--config"])
-        .arg(site.config())
-        .output()
-        .unwrap();
+    let mut user = Command::new("setpriv");
+    user.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).args([
+        "/mnt/formtune",
+        "run",
+        "--mode",
+        "enforce",
+        "--config",
+        "/mnt/formtune.toml",
+    ]);
+    // That user may have no way to the site itself.
+    let output = with_mounted(site.path(), "/mnt", &user);
     says(&refusal(&output), &["CAP_BPF", "CAP_PERFMON", "CAP_DAC_OVERRIDE", "probe", "cpu.weight"]);
     assert!(!site.state().exists());
 }

@@ -38,14 +38,14 @@ enum Command {
 }
 
 fn main() -> std::process::ExitCode {
-    let result = match Cli::parse().command {
+    let result = sh::keep_temporary_files().and_then(|()| match Cli::parse().command {
         Command::Setup(args) => setup::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Test(args) => test::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Sim(args) => sim::run(args),
         Command::BlessTraces(args) => bless::run(args),
-    };
+    });
     match result {
         Ok(code) => code,
         Err(error) => {

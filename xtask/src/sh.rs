@@ -33,6 +33,34 @@ pub fn cache() -> PathBuf {
     }
 }
 
+/// The longest path of a folder for sockets: a socket's has at most 107 bytes (unix(7)), and
+/// tests and benchmarks append up to 31, e.g. `/.tmpXXXXXX/run/libvirt-sock-ro`.
+const LONGEST_FOR_SOCKETS: usize = 107 - 31;
+
+/// Has this program, and all that it starts, put temporary files below the target folder.
+/// Only the package manager is not to see it: the scripts of packages run as other users and
+/// below other roots.
+///
+/// # Errors
+/// When the folder cannot be made.
+pub fn keep_temporary_files() -> Result<()> {
+    // A short name, for the sake of sockets in it.
+    let folder = target().join("t");
+    if folder.as_os_str().len() > LONGEST_FOR_SOCKETS {
+        eprintln!(
+            "{} is too long a path for sockets below it: temporary files go to {}",
+            folder.display(),
+            std::env::temp_dir().display()
+        );
+        return Ok(());
+    }
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("failed to make the folder {}", folder.display()))?;
+    // SAFETY: called first of all in `main`, when this is the only thread.
+    unsafe { std::env::set_var("TMPDIR", folder) };
+    Ok(())
+}
+
 /// Keeps other commands from filling the same part of the cache, until it is dropped. Says so
 /// when it has to wait for one.
 pub fn lock_cache(part: &str) -> Result<Flock<File>> {

@@ -78,7 +78,7 @@ fn three_vms(program: &Path) -> Result<Vec<Figure>> {
 /// Idle ones: a process that sleeps for ever in each cgroup.
 fn many_vms(program: &Path) -> Result<Vec<Figure>> {
     let guest = image::guest_program()?;
-    let folder = tempfile::Builder::new().prefix("formtune-bench-").tempdir()?;
+    let folder = tempfile::Builder::new().prefix("bench-").tempdir()?;
     let cgroups = Cgroups::new()?;
     let mut step = progress::Step::start(format!("making {MANY} idle cgroups"));
     let mut loads = Vec::new();

@@ -40,7 +40,7 @@ pub fn run() -> Result<Vec<Figure>> {
     interrupt::catch()?;
     let program = agent::build()?;
     let guest = image::guest_program()?;
-    let folder = tempfile::Builder::new().prefix("formtune-bench-").tempdir()?;
+    let folder = tempfile::Builder::new().prefix("bench-").tempdir()?;
     let cpu = std::thread::available_parallelism()?.get() - 1;
 
     let cgroups = Cgroups::new()?;

@@ -132,6 +132,7 @@ fn install(missing: &[&Need]) -> Result<()> {
             // What is on the machine stays there: apt then stops and says what is in the way.
             .args(["install", "-y", "--no-install-recommends", "--no-remove"])
             .args(arguments)
+            .env_remove("TMPDIR")
             .env("DEBIAN_FRONTEND", "noninteractive"),
     )
 }
@@ -164,7 +165,7 @@ fn progress_update() -> Result<()> {
     crate::progress::run(
         "fetching this machine's package lists",
         "apt-update",
-        Command::new("apt-get").arg("update"),
+        Command::new("apt-get").arg("update").env_remove("TMPDIR"),
     )
 }
 

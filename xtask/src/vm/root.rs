@@ -83,7 +83,8 @@ fn make(image: &Path, release: &str) -> Result<()> {
             .args(["--variant=minbase", &format!("--include={}", PACKAGES.join(","))])
             .arg(release)
             .arg(&root)
-            .arg(setup::apt::site()?),
+            .arg(setup::apt::site()?)
+            .env_remove("TMPDIR"),
     )?;
     if release == setup::OLD_QEMU_RELEASE {
         add_qemu(&root)?;
@@ -140,6 +141,7 @@ fn add_qemu(root: &Path) -> Result<()> {
             .arg(root)
             .args(["dpkg", "--install"])
             .args(&names)
+            .env_remove("TMPDIR")
             .env("DEBIAN_FRONTEND", "noninteractive"),
     )?;
     for entry in fs::read_dir(&inside)? {
