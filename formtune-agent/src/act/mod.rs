@@ -8,6 +8,7 @@
 
 mod inspect;
 mod journal;
+mod late;
 mod libvirt;
 mod record;
 mod restore;
@@ -23,6 +24,7 @@ use formtune_core::plan::{Knob, Outcome, OutcomeResult, Setpoint};
 use formtune_core::policy::Mode;
 use formtune_core::units::{VmId, Weight};
 use journal::{Journal, Lock, NotLocked};
+use late::Writer;
 use record::{Closed, Entry, Key, Record};
 use std::collections::BTreeMap;
 use std::io;
@@ -144,6 +146,19 @@ pub enum ActError {
         /// Which rule it breaks.
         why: &'static str,
     },
+}
+
+impl ActError {
+    /// Of a write: whether it is certain that it did not happen and will not.
+    fn wrote_nothing(&self) -> bool {
+        use HypervisorError::{Disconnected, NoDomain};
+        matches!(
+            self,
+            Self::NoLibvirt { .. }
+                | Self::StaleDecision { .. }
+                | Self::Libvirt { source: Disconnected { .. } | NoDomain { .. }, .. }
+        )
+    }
 }
 
 /// Values of one knob that may still be set by writes that were given up.
@@ -313,10 +328,23 @@ impl Act {
         }
         let (knob, uuid) = (setpoint.knob, vm.uuid.clone());
         let entry = Entry { place, knob, domain, uuid, original, before, to, plan_seq };
-        // Known before it is durable: a line whose fsync failed may be on disk all the same.
-        self.entries.insert(key.clone(), entry.clone());
-        self.record([Record::Intent { entry: entry.clone() }])?;
-        self.write(&key, &entry, found)
+        let known = self.entries.insert(key.clone(), entry.clone());
+        // The journal may hold the line even if its fsync failed: it then tells of a write that
+        // did not happen, as after a crash just before it.
+        let (nothing, result) = match self.record([Record::Intent { entry: entry.clone() }]) {
+            Ok(()) => {
+                let result = self.write(&key, &entry, found);
+                (result.as_ref().is_err_and(ActError::wrote_nothing), result)
+            }
+            Err(error) => (true, Err(error)),
+        };
+        if nothing {
+            match known {
+                Some(known) => self.entries.insert(key, known),
+                None => self.entries.remove(&key),
+            };
+        }
+        result
     }
 
     /// Compares, writes and reads back; the intent is durable. `expected` was read before.
@@ -446,21 +474,22 @@ impl Act {
     }
 
     fn restore_where(&mut self, wanted: impl Fn(&Key) -> bool) -> RestoreReport {
-        let mut report = RestoreReport::default();
+        let (keys, entries): (Vec<Key>, Vec<&Entry>) = self
+            .entries
+            .iter()
+            .filter(|(key, _)| wanted(key))
+            .map(|(key, entry)| (key.clone(), entry))
+            .unzip();
+        let (damaged, hypervisor) = (self.damaged, self.hypervisor.as_ref());
+        let knobs = late::restore_entries(&entries, Writer::Ourselves, damaged, hypervisor);
         let mut closed = Vec::new();
-        let hypervisor = self.hypervisor.as_ref();
-        let damaged = self.damaged;
-        self.entries.retain(|key, entry| {
-            if !wanted(key) {
-                return true;
+        for (key, restored) in keys.iter().zip(&knobs) {
+            if let Some(record) = restore::closing(&self.entries[key], &restored.result) {
+                self.entries.remove(key);
+                closed.push(record);
             }
-            let restored = restore::restore_entry(entry, damaged, hypervisor);
-            let closing = restore::closing(entry, &restored.result);
-            report.knobs.push(restored);
-            let keep = closing.is_none();
-            closed.extend(closing);
-            keep
-        });
+        }
+        let mut report = RestoreReport { knobs, journal: None };
         if !closed.is_empty() {
             report.journal = self.record(closed).err().map(|error| error.to_string());
         }

@@ -65,6 +65,18 @@ impl Entry {
         self.to = value;
     }
 
+    /// Whether it is known what became of the last write.
+    pub(super) fn is_settled(&self) -> bool {
+        self.before == [self.to]
+    }
+
+    /// Whether libvirt, or systemd behind it, may have another value in mind than the
+    /// original, whatever the cgroup holds.
+    pub(super) fn may_differ_elsewhere(&self) -> bool {
+        let mut values = self.before.iter().chain([&self.to]);
+        self.domain.is_some() && values.any(|value| *value != self.original)
+    }
+
     /// What restoring means with `found` at the knob. `damaged`: lines of the journal
     /// could not be read, so a value not known may still be formtune's.
     pub(super) fn verdict(&self, found: u64, damaged: bool) -> Verdict {

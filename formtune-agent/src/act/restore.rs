@@ -1,6 +1,7 @@
 //! Bringing originals back: at start after a crash, at the end, and by `formtune restore`.
 
 use super::journal::{self, Journal, Lock, NotLocked};
+use super::late::{self, Writer};
 use super::record::{Closed, Entry, Key, Record, Replay, Verdict, replay};
 use super::{ActError, libvirt};
 use crate::hypervisor::{Hypervisor, HypervisorError};
@@ -109,10 +110,11 @@ pub struct RecoveryReport {
 /// Restores one entry. `damaged`: see [`Entry::verdict`].
 pub(super) fn restore_entry(
     entry: &Entry,
+    writer: Writer,
     damaged: bool,
     hypervisor: Option<&Hypervisor>,
 ) -> Restored {
-    let result = match try_restore(entry, damaged, hypervisor) {
+    let result = match try_restore(entry, writer, damaged, hypervisor) {
         Ok(result) => result,
         Err(ActError::Gone { .. }) => RestoreResult::Gone,
         Err(error) => RestoreResult::Failed { why: error.to_string() },
@@ -124,6 +126,7 @@ pub(super) fn restore_entry(
 
 fn try_restore(
     entry: &Entry,
+    writer: Writer,
     damaged: bool,
     hypervisor: Option<&Hypervisor>,
 ) -> Result<RestoreResult, ActError> {
@@ -131,7 +134,7 @@ fn try_restore(
     let from = place.read()?;
     // What the file holds says nothing of what systemd would write next, nor of a write
     // that libvirt still has to make: an original that is back is set again through libvirt.
-    let may_change = entry.domain.is_some() && entry.to != *original;
+    let may_change = entry.may_differ_elsewhere();
     match entry.verdict(from, damaged) {
         Verdict::AlreadyOriginal if !may_change => return Ok(RestoreResult::AlreadyOriginal),
         Verdict::AlreadyOriginal | Verdict::Restore => {}
@@ -145,7 +148,7 @@ fn try_restore(
     let mut without_libvirt = None;
     let found = match &entry.domain {
         None => raw(entry)?,
-        Some(domain) => match libvirt::write(hypervisor, domain, place, *original) {
+        Some(domain) => match through_libvirt(entry, domain, hypervisor) {
             Ok(found) => found,
             Err(gone @ ActError::Gone { .. }) => return Err(gone),
             // Better back for now than throttled on. Without systemd libvirt would have
@@ -156,7 +159,10 @@ fn try_restore(
                     error,
                     ActError::Libvirt { source: HypervisorError::NoAnswer { .. }, .. }
                 );
-                without_libvirt = (hung || place.in_scope()).then_some(error);
+                // A connection that broke in the middle of a call says nothing of the call. With
+                // an agent that died, libvirt is most likely dead as well.
+                let broke_off = writer == Writer::Ourselves && !entry.is_settled();
+                without_libvirt = (hung || broke_off || place.in_scope()).then_some(error);
                 found
             }
         },
@@ -174,6 +180,19 @@ fn try_restore(
         None if from == *original => RestoreResult::AlreadyOriginal,
         None => RestoreResult::Restored { from },
     })
+}
+
+/// Once more if a late call of ours came in between.
+fn through_libvirt(
+    entry: &Entry,
+    domain: &str,
+    hypervisor: Option<&Hypervisor>,
+) -> Result<u64, ActError> {
+    let write = || libvirt::write(hypervisor, domain, &entry.place, entry.original);
+    match write()? {
+        found if found != entry.original && entry.is_ours(found) => write(),
+        found => Ok(found),
+    }
 }
 
 fn raw(entry: &Entry) -> Result<u64, ActError> {
@@ -218,12 +237,12 @@ pub(super) fn recover(
     let kept_before = journal::kept_aside(folder).map_err(failed)?;
     let damaged = damage.is_some() || kept_before.is_some();
     let mut left = BTreeMap::new();
-    for (key, entry) in entries {
-        let restored = restore_entry(&entry, damaged, hypervisor.as_ref());
+    let all: Vec<&Entry> = entries.values().collect();
+    report.restored.knobs = late::restore_entries(&all, Writer::Dead, damaged, hypervisor.as_ref());
+    for ((key, entry), restored) in entries.into_iter().zip(&report.restored.knobs) {
         if closing(&entry, &restored.result).is_none() {
             left.insert(key, entry);
         }
-        report.restored.knobs.push(restored);
     }
     let aside = match &damage {
         Some(_) => journal::set_aside(folder).map(Some),

@@ -30,8 +30,14 @@ pub(super) fn run(global: &Global, args: &Args) -> Result<ExitCode> {
         }
         (Err(error), None) => return Err(error.into()),
     };
-    let report = act::restore(&state_dir, || match Hypervisor::connect(libvirt_uri.as_deref()?) {
-        Ok(hypervisor) => Some(hypervisor),
+    let report = act::restore(&state_dir, || match Hypervisor::attach(libvirt_uri.as_deref()?) {
+        // One that hangs may still make a call: the handle tells it from one that is dead.
+        Ok((hypervisor, error)) => {
+            if let Some(error) = error {
+                super::fail(format_args!("{error}; restoring through cgroups"));
+            }
+            Some(hypervisor)
+        }
         Err(error) => {
             super::fail(format_args!("{error}; restoring through cgroups"));
             None
