@@ -6,6 +6,7 @@ pub mod client;
 mod config;
 pub mod doctor;
 pub mod explain;
+mod export;
 mod replay;
 mod restore;
 mod run;
@@ -93,6 +94,9 @@ Examples:
   formtune replay night.trace
   formtune replay night.trace --json > plans.jsonl")]
     Replay(replay::Args),
+    /// Write what the running agent measures, for other tools
+    #[command(subcommand)]
+    Export(export::Command),
     /// Check or show the configuration
     #[command(subcommand)]
     Config(config::Command),
@@ -111,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(&cli.global, &args),
         Command::Explain(args) => explain::run(&cli.global, &args),
         Command::Doctor => doctor::run(&cli.global),
+        Command::Export(command) => export::run(&cli.global, &command),
         Command::Replay(args) => replay::run(&cli.global, &args),
         Command::Config(command) => config::run(&cli.global, &command),
         Command::Restore(args) => restore::run(&cli.global, &args),

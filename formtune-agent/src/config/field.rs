@@ -225,6 +225,14 @@ const UNITS: &[(&str, u64)] = &[
     ("ns", 1),
 ];
 
+/// Reads a time of the command line as one of the file is read.
+///
+/// # Errors
+/// It is not one; the text says what would be.
+pub fn duration(text: &str) -> Result<Nanos, String> {
+    parse_duration(text).ok_or_else(|| "not a time such as \"250ms\" or \"2 s\"".to_owned())
+}
+
 /// Reads `250ms`, `1.5 s`, `2 min`.
 fn parse_duration(text: &str) -> Option<Nanos> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit()).len();

@@ -3,6 +3,7 @@
 use super::document::{self, Source};
 use super::field::{Field, Section};
 use super::{ClassRules, Config, ConfigError, classes, guide};
+use crate::export::HdrLogConfig;
 use crate::sense::CgroupPattern;
 use formtune_core::policy::{CpuLoop, Mode};
 use formtune_core::units::{ClassName, Nanos};
@@ -20,6 +21,7 @@ pub(super) const ROOT_KEYS: &[&str] = &[
     "cgroup_root",
     "cgroups",
     "record",
+    "hdr_log",
     "guide",
     "default_class",
     "mode",
@@ -27,6 +29,7 @@ pub(super) const ROOT_KEYS: &[&str] = &[
     "classes",
     "rules",
 ];
+const HDR_LOG_KEYS: &[&str] = &["file", "interval", "max_bytes", "keep"];
 const MODE_KEYS: &[&str] = &["cpu_weight"];
 pub(super) const CPU_KEYS: &[&str] = &[
     "slack_act",
@@ -88,6 +91,9 @@ pub(super) fn read(source: &Source) -> Result<Config, ConfigError> {
     if let Some(field) = root.get("record") {
         config.record = Some(absolute(field)?);
     }
+    if let Some(field) = root.get("hdr_log") {
+        config.hdr_log = Some(hdr_log(field.section(HDR_LOG_KEYS)?)?);
+    }
     if let Some(field) = root.get("listen") {
         config.listen = listen(field)?;
     }
@@ -144,6 +150,25 @@ pub(super) fn read(source: &Source) -> Result<Config, ConfigError> {
     };
     config.classes_of = ClassRules::new(rules, config.policy.default_class.clone());
     Ok(config)
+}
+
+fn hdr_log(section: Section<'_>) -> Result<HdrLogConfig, ConfigError> {
+    let mut log = HdrLogConfig {
+        file: absolute(section.required("file")?)?,
+        interval: Nanos::from_secs(10),
+        max_bytes: 64 << 20,
+        keep: 4,
+    };
+    if let Some(field) = section.get("interval") {
+        log.interval = field.duration(Nanos::from_secs(1)..=Nanos::from_secs(86_400))?;
+    }
+    if let Some(field) = section.get("max_bytes") {
+        log.max_bytes = field.integer(1 << 16..=1 << 40)? as u64;
+    }
+    if let Some(field) = section.get("keep") {
+        log.keep = field.integer(0..=1_000)? as u32;
+    }
+    Ok(log)
 }
 
 fn absolute(field: Field<'_>) -> Result<PathBuf, ConfigError> {

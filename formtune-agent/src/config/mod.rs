@@ -10,7 +10,9 @@ mod guide;
 mod show;
 
 pub use classes::ClassRules;
+pub use field::duration;
 
+use crate::export::HdrLogConfig;
 use crate::sense::SenseConfig;
 use classes::BASE_CLASS;
 use formtune_core::policy::{Class, CpuLoop, Indicator, Mode, Modes, Policy, Priority, Slo};
@@ -44,6 +46,8 @@ pub struct Config {
     pub libvirt_uri: Option<String>,
     /// Trace file to be written by `run`.
     pub record: Option<PathBuf>,
+    /// Interval log of all latencies, to be kept by `run`.
+    pub hdr_log: Option<HdrLogConfig>,
     /// What was asked for and cannot be honoured.
     pub notices: Vec<Notice>,
 }
@@ -115,6 +119,7 @@ impl Default for Config {
             listen: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 19752))),
             libvirt_uri: Some("qemu:///system".to_owned()),
             record: None,
+            hdr_log: None,
             notices: Vec::new(),
         }
     }

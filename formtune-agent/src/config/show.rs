@@ -36,6 +36,17 @@ pub(super) fn table(config: &Config) -> Table {
     if let Some(record) = &config.record {
         set("record", path(record));
     }
+    if let Some(log) = &config.hdr_log {
+        set(
+            "hdr_log",
+            keys([
+                ("file", path(&log.file)),
+                ("interval", write_duration(log.interval).into()),
+                ("max_bytes", (log.max_bytes as i64).into()),
+                ("keep", i64::from(log.keep).into()),
+            ]),
+        );
+    }
     set("default_class", policy.default_class.0.clone().into());
     set("mode", keys([("cpu_weight", word(MODES, policy.modes.cpu_weight))]));
     let cpu = &policy.cpu;

@@ -43,6 +43,7 @@ fn what_is_shown_reads_back() {
         listen = "off"
         libvirt = "off"
         cgroups = ["vms/{name}"]
+        hdr_log = { file = "/var/log/l.hlog", interval = "1min", max_bytes = 65536, keep = 0 }
         default_class = "batch"
         mode.cpu_weight = "enforce"
         cpu.cooldown = "1500ms"
@@ -197,6 +198,11 @@ fn every_mistake_is_one_line_that_says_where_and_what() {
         "[cpu\n",
         "tik = \"250ms\"",
         "wibble = 1",
+        "hdr_log = { interval = \"10s\" }",
+        "hdr_log = { file = \"l.hlog\" }",
+        "hdr_log = { file = \"/l.hlog\", every = \"10s\" }",
+        "hdr_log = { file = \"/l.hlog\", interval = \"1ms\" }",
+        "hdr_log = { file = \"/l.hlog\", max_bytes = 1 }",
         "tick = 250",
         "tick = \"fast\"",
         "tick = \"50ms\"",

@@ -18,7 +18,8 @@ pub use logging::Format;
 use crate::act::Act;
 use crate::config::Config;
 use crate::export::{
-    Culprits, DecisionLog, Listen, Recent, Server, ServerHandle, SnapshotRequest, Snapshots, source,
+    Culprits, DecisionLog, HdrLog, Listen, Recent, Server, ServerHandle, SnapshotRequest,
+    Snapshots, source,
 };
 use crate::hypervisor::Hypervisor;
 use crate::record;
@@ -92,6 +93,7 @@ struct Agent {
     sense: Sense,
     act: Act,
     recorder: Option<record::Writer>,
+    hdr_log: Option<HdrLog>,
     state: State,
     seq: u64,
     /// Of the last sample; the next one is later.
@@ -143,7 +145,9 @@ impl Agent {
         let facts = Facts::gather(&config, config_path, hypervisor.as_ref(), barred);
         let recorder = recording::begin(&config, &facts)?;
         let (snapshots, requests): (Snapshots, _) = source::channel(config.policy.tick);
-        let http = server.spawn(snapshots).context("failed to start the HTTP interface")?;
+        let http = server.spawn(snapshots.clone()).context("failed to start the HTTP interface")?;
+        let hdr_log =
+            config.hdr_log.clone().map(|log| HdrLog::start(log, snapshots)).transpose()?;
         let mode = config.policy.modes.cpu_weight;
         tracing::info!(
             "formtune {} started: mode {}, tick {}, {}",
@@ -160,6 +164,7 @@ impl Agent {
             sense,
             act,
             recorder,
+            hdr_log,
             state: State::default(),
             seq: 0,
             last_at: Nanos(0),
@@ -333,6 +338,9 @@ impl Agent {
             tracing::info!("{knob}");
         }
         self.end_record();
+        if let Some(log) = self.hdr_log.take() {
+            log.finish(Arc::new(self.snapshot(monotonic())));
+        }
         drop(http);
         if !report.is_complete() {
             let failed: Vec<String> = report

@@ -2,6 +2,7 @@
 
 use super::Agent;
 use crate::config::Config;
+use crate::export::HdrLog;
 use crate::export::snapshot::{
     AgentState, Attainment, CgroupLayout, LatencyCounts, LibvirtState, Node, OwnCost, ProbeState,
     Snapshot, VmState,
@@ -240,6 +241,7 @@ impl Agent {
             },
             counters: self.decisions.counters(),
             pressure: *self.sense.pressure(),
+            hdr_log: self.hdr_log.as_ref().map(HdrLog::state),
         }
     }
 }

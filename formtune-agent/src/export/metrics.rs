@@ -63,6 +63,11 @@ impl Families<'_> {
         self.one("formtune_vms", "VMs measured now", Some(vms.len() as f64))?;
         let shown: Vec<_> = vms.values().take(most).collect();
         let left_out = vms.len() - shown.len();
+        self.counter(
+            "formtune_hdr_log_failures_total",
+            "Intervals of the interval log that could not be written; absent without a log",
+            [([], node.hdr_log.map(|log| log.failures as f64))],
+        )?;
         let help = "VMs whose series are left out, as there are too many";
         self.one("formtune_vms_left_out", help, Some(left_out as f64))?;
         self.vms(&shown)?;

@@ -7,6 +7,7 @@
 pub mod culprits;
 pub mod decisions;
 pub mod hdr;
+pub mod hdr_log;
 pub mod http;
 pub mod latency;
 pub mod listen;
@@ -19,6 +20,7 @@ pub mod source;
 
 pub use culprits::Culprits;
 pub use decisions::DecisionLog;
+pub use hdr_log::{HdrLog, HdrLogConfig};
 pub use http::{Server, ServerHandle};
 pub use listen::{Listen, ListenError};
 pub use recent::Recent;

@@ -61,6 +61,18 @@ pub struct Node {
     /// The node's pressure.
     #[serde(default)]
     pub pressure: Pressure,
+    /// The interval log; `None` where none is asked for.
+    #[serde(default)]
+    pub hdr_log: Option<HdrLogState>,
+}
+
+/// Whether the interval log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HdrLogState {
+    /// The last interval could not be written.
+    pub failing: bool,
+    /// Intervals that could not be written; their counts come with the next that can.
+    pub failures: u64,
 }
 
 /// Where cgroups are, and which interface carries the `cpu` controller.

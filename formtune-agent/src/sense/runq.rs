@@ -260,6 +260,7 @@ impl RunqReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::latency::LatencyCounts;
     use formtune_common::histogram::bucket;
     use formtune_common::runq::HOST;
     use proptest::prelude::*;
@@ -360,6 +361,28 @@ mod tests {
         charge(&reader, 0, 1, vm(8), 5);
         charge(&reader, 0, 0, HOST, 11);
         assert_eq!(read(&mut reader), [(HOST, 1), (vm(8), 5)]);
+    }
+
+    /// The probe that is attached anew counts into new rows, from zero.
+    #[test]
+    fn totals_only_grow_when_the_probe_is_attached_anew() {
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        let mut before = LatencyCounts::default();
+        for round in 1..=3 {
+            let (_file, rows) = rows(1, 0);
+            let mut reader = RunqReader::new(rows);
+            for reading in 1..=2 {
+                count(&reader.rows, 0, 1_000 * round * reading);
+                count(&reader.rows, 1, 5_000);
+                reader.read(&mut totals, &mut HeldBy::default(), &mut scratch);
+                let now = LatencyCounts::from_dense(totals.buckets(), totals.wait_ns);
+                let counted = now.since(&before).expect("no bucket fell");
+                assert_eq!(counted.sum_ns, 1_000 * round * reading + 5_000);
+                assert_eq!((counted.count(), now.count()), (2, totals.count));
+                before = now;
+            }
+        }
+        assert_eq!((before.count(), before.sum_ns), (12, 48_000));
     }
 
     proptest! {

@@ -1,9 +1,13 @@
 //! The commands themselves, against a served snapshot.
 
 use crate::fixture::{Served, snapshot};
+use formtune_agent::export::snapshot::LatencyCounts;
+use formtune_common::histogram::{BUCKETS, bucket};
+use formtune_core::units::{Nanos, VmId};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// Exit code, standard output, standard error.
 fn formtune(socket: &Path, args: &[&str]) -> (i32, String, String) {
@@ -95,4 +99,50 @@ fn something_else_on_the_socket_is_not_taken_for_the_agent() {
     let (code, _, errors) = formtune(&socket, &["status"]);
     assert_eq!((code, errors.lines().count()), (2, 1), "{errors}");
     assert!(errors.contains("is not understood"), "{errors}");
+}
+
+#[test]
+fn export_writes_a_log_of_what_came_meanwhile() {
+    let served = Served::new();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("l.hlog");
+    let counted = served.snapshot.clone();
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        let mut snapshot = counted.lock().unwrap();
+        snapshot.at = Nanos(snapshot.at.0 + 500_000_000);
+        snapshot.unix_ms += 500;
+        let mut dense = vec![0; BUCKETS];
+        // The fixture's own 9,000 and 100, and three more.
+        dense[bucket(3_000_000) as usize] = 9_003;
+        dense[bucket(12_000_000) as usize] = 100;
+        let hog = snapshot.vms.get_mut(&VmId::from("hog-1")).unwrap();
+        hog.runq = Some(LatencyCounts::from_dense(&dense, 28_209_000_000));
+    });
+    let args = ["export", "hdr", "--for", "500ms", "--interval", "500ms", "--output"];
+    let (code, text, errors) =
+        formtune(&served.socket, &[&args[..], &[file.to_str().unwrap()]].concat());
+    later.join().unwrap();
+    assert_eq!((code, text.as_str(), errors.as_str()), (0, "", ""));
+    let log = std::fs::read_to_string(&file).unwrap();
+    let lines: Vec<_> = log.lines().filter(|line| line.starts_with("Tag=")).collect();
+    assert_eq!(lines.len(), 1, "{log}");
+    assert!(lines[0].starts_with("Tag=hog-1:runqueue_latency,1790000000.000,0.500,"), "{log}");
+    assert!(log.starts_with("#[Histogram log format version 1.3]\n"), "{log}");
+    assert!(log.contains("#[StartTime: 1790000000.000 (seconds since epoch)]\n"), "{log}");
+}
+
+#[test]
+fn export_refuses_what_it_cannot_do_in_one_line() {
+    let served = Served::new();
+    for (args, why) in [
+        (["--interval", "1ms"], "250ms to 24h"),
+        (["--interval", "5"], "not a time"),
+        (["--output", "/nowhere/l.hlog"], "failed to make /nowhere/l.hlog"),
+    ] {
+        let args = [&["export", "hdr", "--for", "1s"][..], &args].concat();
+        let (code, text, errors) = formtune(&served.socket, &args);
+        assert_eq!((code, text.as_str(), errors.lines().count()), (2, "", 1), "{errors}");
+        assert!(errors.contains(why), "{errors}");
+    }
 }

@@ -63,6 +63,7 @@ fn node(log: &DecisionLog) -> Node {
             cpu: Some(Stalls { some: Some(stall(30_250_000, 0.125)), full: None }),
             ..Pressure::default()
         },
+        hdr_log: Some(HdrLogState { failing: false, failures: 3 }),
     }
 }
 
