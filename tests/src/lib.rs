@@ -11,5 +11,6 @@ pub mod payload;
 pub mod retransmit;
 pub mod sensing;
 pub mod twin;
+pub mod prometheus;
 pub mod vm_cgroup;
 pub mod wait;

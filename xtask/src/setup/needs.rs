@@ -122,6 +122,7 @@ const NEEDS: &[Need] = &[
     Need { what: "LLVM 22 with headers, to build bpf-linker", package: "llvm-22-dev", purposes: &[Build], found: Found::Check(linker_can_be_built) },
     Need { what: "strace", package: "strace", purposes: &[Native], found: Found::Program("strace") },
     Need { what: "ip", package: "iproute2", purposes: &[Native, Demo], found: Found::Program("ip") },
+    Need { what: "Prometheus and promtool", package: "prometheus", purposes: &[Native], found: Found::Check(|| sh::find_program("prometheus").is_some() && sh::find_program("promtool").is_some()) },
     Need { what: "libvirtd", package: "libvirt-daemon-system", purposes: &[Native, Demo, Bench], found: Found::Program("libvirtd") },
     Need { what: "libvirt's QEMU driver", package: "libvirt-daemon-driver-qemu", purposes: &[Native, Demo, Bench], found: Found::Library("libvirt/connection-driver/libvirt_driver_qemu.so") },
     Need { what: "virsh", package: "libvirt-clients", purposes: &[Native, Demo, Bench], found: Found::Program("virsh") },
