@@ -4,6 +4,7 @@ mod agent;
 mod load;
 mod reaction;
 mod runq;
+mod scrape;
 mod step;
 
 use crate::figure::{self, Figure};
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 /// Arguments of `bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Which one: runq, step, reaction, agent, or all
+    /// Which one: runq, step, reaction, agent, scrape, or all
     name: String,
     /// Write the figures here as a JSON list
     #[arg(long, value_name = "FILE")]
@@ -26,8 +27,13 @@ pub struct Args {
 type Bench = fn() -> Result<Vec<Figure>>;
 
 /// A benchmark's name and what it measures. New benchmarks go here.
-const BENCHES: &[(&str, Bench)] =
-    &[("runq", runq::run), ("step", step::run), ("reaction", reaction::run), ("agent", agent::run)];
+const BENCHES: &[(&str, Bench)] = &[
+    ("runq", runq::run),
+    ("step", step::run),
+    ("reaction", reaction::run),
+    ("agent", agent::run),
+    ("scrape", scrape::run),
+];
 
 /// Runs one or all; exit code 0 when it could be measured, met or not.
 pub fn run(args: Args) -> Result<ExitCode> {

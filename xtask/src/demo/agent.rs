@@ -103,6 +103,11 @@ impl Agent {
         self.child.id()
     }
 
+    /// Its Unix socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// The body of an HTTP answer on its socket.
     ///
     /// # Errors
