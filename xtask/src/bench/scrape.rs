@@ -34,7 +34,7 @@ pub fn run() -> Result<Vec<Figure>> {
     interrupt::catch()?;
     let program = agent::build()?;
     let guest = image::guest_program()?;
-    let folder = tempfile::Builder::new().prefix("formtune-bench-").tempdir()?;
+    let folder = tempfile::Builder::new().prefix("bench-").tempdir()?;
     let cgroups = Cgroups::new()?;
     let mut step = progress::Step::start(format!("starting {VMS} periodic tasks"));
     let settings =
@@ -52,8 +52,8 @@ pub fn run() -> Result<Vec<Figure>> {
          mode.cpu_weight = 'shadow'\n",
         cgroups.pattern()
     );
-    let agent = Agent::start(&program, folder.path(), &settings)?;
-    let mut step = progress::Step::start("filling their histograms");
+    let mut step = progress::Step::start("starting formtune, filling its histograms");
+    let agent = Agent::start(&program, folder.path(), &settings, &mut || step.tick())?;
     interrupt::wait(FILL, || step.tick())?;
     step.end("done");
     eprintln!("scrape: {:.0} buckets filled per VM", filled(&agent)?);
@@ -76,7 +76,7 @@ pub fn run() -> Result<Vec<Figure>> {
     eprintln!("scrape: {} bytes of text, {} of protobuf", text.bytes, protobuf.bytes);
     let late = late(&agent)?;
     eprintln!("scrape: {late} ticks were late since the agent's start");
-    agent.stop()?;
+    agent.stop(&mut || {})?;
     drop(loads);
     let figure =
         |name, form: &Form| Figure::measured(name, "ms", &form.ms, None, None, Some("ours <= 25"));
