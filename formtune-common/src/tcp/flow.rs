@@ -254,3 +254,6 @@ impl Flow {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -232,3 +232,6 @@ const fn mix(key: u64, word: u64) -> u64 {
     let mixed = (key ^ word).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed ^ mixed >> 32
 }
+
+#[cfg(test)]
+mod tests;

@@ -103,6 +103,15 @@ pub struct TapControl {
     pub padding: u32,
 }
 
+impl TapControl {
+    /// Whether the flow with this key is among those that are followed.
+    #[inline(always)]
+    pub const fn follows(&self, key: u64) -> bool {
+        // The low bits choose the set of flows.
+        (key >> 32) & ((1 << (self.sampling_shift & 31)) - 1) == 0
+    }
+}
+
 /// Flows whose keys have the same low bits: the element of the map `FLOWS`.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

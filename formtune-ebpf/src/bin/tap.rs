@@ -154,12 +154,13 @@ fn count(way: *mut Way, key: u64, segment: &Segment) {
         return;
     }
     let segments = segment.count();
-    let shift = CONTROL.get(0).map_or(0, |control| control.sampling_shift & 31);
+    let Some(control) = CONTROL.get(0) else { return };
+    let shift = control.sampling_shift & 31;
     // SAFETY: a map value that only this CPU writes.
     unsafe {
         add_u64(&raw mut (*way).segments, segments.into());
         add_u64(&raw mut (*way).bytes, segment.len.into());
-        if (key >> 32) as u32 & ((1 << shift) - 1) != 0 {
+        if !control.follows(key) {
             return;
         }
         let Some(seen) = follow(key, segment) else {
