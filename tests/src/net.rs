@@ -68,6 +68,41 @@ pub fn tap(name: &str) -> io::Result<OwnedFd> {
     Ok(tun.into())
 }
 
+/// Makes a tap device that stays without anybody who holds it, until its namespace goes.
+///
+/// # Errors
+/// Those of `open` and `ioctl`.
+pub fn lasting_tap(name: &str) -> io::Result<()> {
+    let tun = tap(name)?;
+    // SAFETY: takes a number.
+    if unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST, 1) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Gives a device an IPv4 address.
+///
+/// # Errors
+/// Those of `ioctl`.
+pub fn address(name: &str, address: [u8; 4], mask: [u8; 4]) -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    for (call, value) in [(libc::SIOCSIFADDR, address), (libc::SIOCSIFNETMASK, mask)] {
+        let mut request = request(name);
+        let bytes = [0, 0].into_iter().chain(value);
+        // SAFETY: an address family, a port that means nothing here, and an address.
+        unsafe {
+            request.ifr_ifru.ifru_addr.sa_family = libc::AF_INET as u16;
+            let data = &mut request.ifr_ifru.ifru_addr.sa_data;
+            data.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte.cast_signed());
+            if libc::ioctl(socket.as_raw_fd(), call, &raw const request) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Has a socket (and those that it accepts) drop this share of the segments that it is sent:
 /// before TCP sees them, so that the sender has to send them again. In 65,536ths.
 ///

@@ -15,7 +15,7 @@ fn the_probe_is_loaded_and_the_rest_is_left_alone() {
         ..Config::default()
     };
     let checks = examine(&config, || panic!("nothing is waited for"));
-    for name in ["kernel", "btf", "rights", "cgroup", "program", "journal"] {
+    for name in ["kernel", "btf", "rights", "cgroup", "program", "sockets", "taps", "journal"] {
         let check = checks.iter().find(|check| check.name == name).unwrap();
         assert_eq!(check.verdict, Verdict::Ok, "{check:?}");
     }

@@ -106,6 +106,9 @@ pub fn render(
     if let Some(memory) = memory(vm) {
         line("Memory", &memory);
     }
+    if let Some(tcp) = vm.tcp.as_ref().and_then(super::tcp::line) {
+        line("TCP", &tcp);
+    }
     line("Weight", &weight(vm));
     line("Decision", &decision(vm, node.node.modes.cpu_weight));
     let mut label = "Remedy";

@@ -13,6 +13,7 @@ mod run;
 pub mod state;
 pub mod status;
 pub mod style;
+mod tcp;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};

@@ -181,6 +181,7 @@ impl Agent {
                     state.memory_events = files.memory_events;
                     state.runq_check = files.runq_check;
                 }
+                state.tcp = self.sense.tcp(id).map(Into::into);
                 Some((id.clone(), state))
             })
             .collect();
@@ -242,6 +243,7 @@ impl Agent {
             counters: self.decisions.counters(),
             pressure: *self.sense.pressure(),
             hdr_log: self.hdr_log.as_ref().map(HdrLog::state),
+            tcp: self.sense.tcp_health().into(),
         }
     }
 }

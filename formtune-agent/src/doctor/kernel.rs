@@ -4,7 +4,8 @@ use super::Check;
 use crate::sense::btf::{self, Btf};
 use crate::sense::cgroup::Hierarchies;
 use crate::sense::kernel::{self, Version};
-use crate::sense::{ProbeState, trial};
+use crate::sense::probes::TapMethod;
+use crate::sense::{ProbeState, tcp, trial};
 use std::path::Path;
 
 pub(super) fn release() -> Check {
@@ -41,11 +42,12 @@ pub(super) fn btf() -> Check {
 }
 
 /// Each capability that something needs, with its bit of `CapEff`.
-const CAPABILITIES: [(&str, u32, &str); 4] = [
+const CAPABILITIES: [(&str, u32, &str); 5] = [
     ("CAP_BPF", 39, "to load the probe"),
     ("CAP_PERFMON", 38, "to attach the probe and read the kernel's structures"),
     ("CAP_DAC_OVERRIDE", 1, "to write the weights of VMs that libvirt does not own"),
     ("CAP_SYS_RESOURCE", 24, "to lock the probe's maps in memory"),
+    ("CAP_NET_ADMIN", 12, "to look at the VMs' tap devices"),
 ];
 /// From here on maps are charged to the cgroup's memory instead of RLIMIT_MEMLOCK
 /// (commits 97306be45fbe and following).
@@ -104,6 +106,26 @@ pub(super) fn program(hierarchies: Option<&Hierarchies>, may_load: bool) -> Chec
     }
 }
 
+/// What is seen of TCP: the host's sockets, and the guests' tap devices.
+pub(super) fn tcp(hierarchies: Option<&Hierarchies>, may_load: bool) -> Vec<Check> {
+    // Why not was said before.
+    let (Some(hierarchies), true) = (hierarchies, may_load) else { return Vec::new() };
+    let check = |name, state, good: String| match state {
+        ProbeState::Loaded => Check::ok(name, good),
+        ProbeState::Unavailable { program, why, remedy } => {
+            Check::finding(name, format!("{program} cannot be loaded: {why}"), remedy)
+        }
+    };
+    let sockets = "tcp_retransmit_skb (what the host's TCP sends again) loads and attaches";
+    let (taps, method) = tcp::guest_trial();
+    let on_taps = match method {
+        TapMethod::Tcx => "by TCX",
+        TapMethod::Clsact => "as a filter of clsact (no TCX before 6.6)",
+    };
+    let good = format!("tap programs (what guests' TCP sends again) load; attached {on_taps}");
+    vec![check("sockets", tcp::host_trial(hierarchies), sockets.into()), check("taps", taps, good)]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,6 +137,6 @@ mod tests {
         let without_bpf = missing(all & !(1 << 39) & !(1 << SYS_ADMIN), true);
         assert_eq!(without_bpf, [("CAP_BPF", "to load the probe")]);
         assert!(missing(all & !(1 << 39), true).is_empty(), "CAP_SYS_ADMIN covers it");
-        assert_eq!((missing(0, true).len(), missing(0, false).len()), (4, 3));
+        assert_eq!((missing(0, true).len(), missing(0, false).len()), (5, 4));
     }
 }

@@ -58,6 +58,7 @@ pub fn examine(config: &Config, waiting: impl FnOnce() + Send + 'static) -> Vec<
     let (cgroup, hierarchies) = node::cgroup(config);
     checks.push(cgroup);
     checks.push(kernel::program(hierarchies.as_ref(), may_load));
+    checks.extend(kernel::tcp(hierarchies.as_ref(), may_load));
     checks.push(node::libvirt(config, waiting));
     checks.extend(hierarchies.map(|hierarchies| node::vms(config, &hierarchies)));
     let running = node::agent_running(config);

@@ -8,6 +8,7 @@ mod accept;
 mod exposition;
 mod kernel_files;
 pub mod protobuf;
+mod tcp;
 mod text;
 
 use super::series::Latency;
@@ -72,6 +73,7 @@ impl Families<'_> {
         self.one("formtune_vms_left_out", help, Some(left_out as f64))?;
         self.vms(&shown)?;
         self.kernel_files(node, &shown)?;
+        self.tcp(node, &shown)?;
         self.decisions(node)
     }
 

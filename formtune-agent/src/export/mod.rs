@@ -17,6 +17,7 @@ pub mod routes;
 pub mod series;
 pub mod snapshot;
 pub mod source;
+pub mod tcp;
 
 pub use culprits::Culprits;
 pub use decisions::DecisionLog;

@@ -6,6 +6,7 @@
 
 use super::culprits::Blamed;
 pub use super::latency::LatencyCounts;
+use super::tcp::{NodeTcp, VmTcp};
 use crate::sense::{MemoryEvents, Pressure, QuotaPeriods, RunqCheck};
 use crate::vm::{CgroupVersion, Owner, Vm};
 use formtune_core::plan::{Action, Decision, Evidence, OutcomeResult, Reason};
@@ -61,6 +62,9 @@ pub struct Node {
     /// The node's pressure.
     #[serde(default)]
     pub pressure: Pressure,
+    /// What is measured of TCP.
+    #[serde(default)]
+    pub tcp: NodeTcp,
     /// The interval log; `None` where none is asked for.
     #[serde(default)]
     pub hdr_log: Option<HdrLogState>,
@@ -261,6 +265,9 @@ pub struct VmState {
     pub memory_events: MemoryEvents,
     /// The probe's waits against the kernel's own sum.
     pub runq_check: Option<RunqCheck>,
+    /// TCP retransmissions since the VM was first seen.
+    #[serde(default)]
+    pub tcp: Option<VmTcp>,
 }
 
 impl VmState {
@@ -297,6 +304,7 @@ impl VmState {
             pressure: Pressure::default(),
             memory_events: MemoryEvents::default(),
             runq_check: None,
+            tcp: None,
         }
     }
 

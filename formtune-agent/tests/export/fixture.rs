@@ -2,6 +2,7 @@
 
 use formtune_agent::export::culprits::{Blamed, Held, Holder};
 use formtune_agent::export::snapshot::*;
+use formtune_agent::export::tcp::{GuestTcp, HostTcp, NodeTcp, TcpWay, VmTcp};
 use formtune_agent::export::{DecisionLog, Listen, Server, ServerHandle, SnapshotRequest, source};
 use formtune_agent::sense::{MemoryEvents, Pressure, QuotaPeriods, RunqCheck, Stall, Stalls};
 use formtune_agent::vm::{CgroupVersion, Owner, Vm};
@@ -64,6 +65,13 @@ fn node(log: &DecisionLog) -> Node {
             ..Pressure::default()
         },
         hdr_log: Some(HdrLogState { failing: false, failures: 3 }),
+        tcp: NodeTcp {
+            host_method: Some("tp_btf".into()),
+            guest_method: Some("tcx".into()),
+            no_vm: HostTcp { retransmitted: 3, syn_acks: 1 },
+            taps: 1,
+            ..NodeTcp::default()
+        },
     }
 }
 
@@ -139,8 +147,26 @@ fn web() -> VmState {
     (vm.held_by, vm.held_by_total) = (Some(blamed.clone()), Some(blamed));
     vm.cpu_usage_ns = Some(61_500_000_000);
     vm.throttled_ns = Some(0);
+    vm.tcp = Some(tcp());
     vm.decided(&victim_decision());
     vm
+}
+
+fn tcp() -> VmTcp {
+    let way = |segments, retransmitted| TcpWay {
+        segments,
+        bytes: segments * 1_000,
+        retransmitted,
+        ..TcpWay::default()
+    };
+    VmTcp {
+        host: Some(HostTcp { retransmitted: 12, syn_acks: 2 }),
+        guest: Some(GuestTcp {
+            sent: way(48_000, 96),
+            received: way(2_000, 1),
+            taps: vec!["vnet0".into()],
+        }),
+    }
 }
 
 /// Its neighbour.

@@ -80,7 +80,7 @@ fn value(samples: &[(Series, f64)], name: &str, vm: Option<&str>) -> Option<f64>
 
 #[test]
 fn values_are_those_of_the_snapshot_in_base_units() {
-    let samples = parse(&text(&Arc::new(fixture::snapshot())));
+    let samples = parse(&text(&fixture::snapshot()));
     let web = |name| value(&samples, name, Some("web-1"));
     assert_eq!(web("formtune_vm_cpu_weight"), Some(150.0));
     assert_eq!(web("formtune_vm_cpu_weight_original"), Some(100.0));
@@ -99,7 +99,7 @@ fn values_are_those_of_the_snapshot_in_base_units() {
 
 #[test]
 fn the_kernels_files_are_told_apart_by_resource_kind_and_event() {
-    let samples = parse(&text(&Arc::new(fixture::snapshot())));
+    let samples = parse(&text(&fixture::snapshot()));
     let of = |name: &str| -> Vec<(Vec<&str>, f64)> {
         let named = samples.iter().filter(|(series, _)| series.0 == name);
         named
@@ -122,7 +122,7 @@ fn the_kernels_files_are_told_apart_by_resource_kind_and_event() {
 
 #[test]
 fn what_is_not_known_is_absent() {
-    let samples = parse(&text(&Arc::new(fixture::snapshot())));
+    let samples = parse(&text(&fixture::snapshot()));
     let odd = "a\"b\\c/d é";
     assert_eq!(value(&samples, "formtune_vm_info", Some(odd)), Some(1.0));
     for name in [
@@ -141,7 +141,7 @@ fn what_is_not_known_is_absent() {
 
 #[test]
 fn histograms_are_cumulative_ascending_and_consistent() {
-    let samples = parse(&text(&Arc::new(fixture::snapshot())));
+    let samples = parse(&text(&fixture::snapshot()));
     let name = "formtune_vm_runqueue_latency_seconds";
     let mut seen = 0;
     for vm in ["web-1", "hog-1", "idle-with-a-rather-long-name-0001"] {
@@ -186,7 +186,7 @@ fn every_action_and_result_has_a_series_from_the_start() {
         assert_eq!(series.len(), count);
         assert!(series.iter().all(|(s, value)| *value == 0.0 && label(s, key).is_some()));
     }
-    let samples = parse(&text(&Arc::new(fixture::snapshot())));
+    let samples = parse(&text(&fixture::snapshot()));
     let raised = samples.iter().find(|(s, _)| label(s, "action") == Some("raise")).unwrap();
     assert_eq!((label(&raised.0, "mode"), raised.1), (Some("enforce"), 1.0));
     let applied = samples.iter().find(|(s, _)| label(s, "result") == Some("applied")).unwrap();
@@ -223,4 +223,24 @@ fn vms_beyond_the_cap_are_counted_instead() {
     assert_eq!(shown, VMS);
     let samples = parse(&text(&fixture::snapshot()));
     assert_eq!(value(&samples, "formtune_vms_left_out", None), Some(0.0));
+}
+
+#[test]
+fn retransmissions_have_a_scope_and_a_direction() {
+    let samples = parse(&text(&fixture::snapshot()));
+    let find = |name: &str, scope: &str, direction: &str| {
+        let wanted = [Some("web-1"), Some(scope), Some(direction)];
+        let is =
+            |series: &Series| ["vm", "scope", "direction"].map(|key| label(series, key)) == wanted;
+        samples.iter().find(|(s, _)| s.0 == name && is(s)).map(|(_, value)| *value)
+    };
+    let retransmits = "formtune_vm_tcp_retransmits_total";
+    assert_eq!(find(retransmits, "host", "sent"), Some(12.0));
+    assert_eq!(find(retransmits, "guest", "sent"), Some(96.0));
+    assert_eq!(find(retransmits, "guest", "received"), Some(1.0));
+    let segments = "formtune_vm_tcp_segments_total";
+    assert_eq!(find(segments, "guest", "sent"), Some(48_000.0));
+    assert_eq!(find(segments, "host", "sent"), None, "not known");
+    let of_web = samples.iter().filter(|(s, _)| s.0 == retransmits).count();
+    assert_eq!(of_web, 3, "VMs that are not measured have no series");
 }

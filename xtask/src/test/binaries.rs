@@ -43,7 +43,12 @@ pub fn unit(binary: &Binary) -> bool {
 
 /// Root tests on this machine's kernel.
 pub fn native(binary: &Binary) -> bool {
-    !unit(binary) && !crash(binary)
+    !unit(binary) && !crash(binary) && !guest(binary)
+}
+
+/// Root tests with a guest that has a Linux of its own.
+pub fn guest(binary: &Binary) -> bool {
+    !unit(binary) && binary.name.starts_with("guest_")
 }
 
 /// Root tests that break off writes.
@@ -134,10 +139,21 @@ impl Binaries {
 
     /// Runs those that `choose` takes; doc tests go with the unit tests.
     pub fn run(&self, tier: Tier, choose: fn(&Binary) -> bool) -> Result<Count> {
+        self.run_with(tier, choose, &[])
+    }
+
+    /// The same, with these variables in their environment.
+    pub fn run_with(
+        &self,
+        tier: Tier,
+        choose: fn(&Binary) -> bool,
+        variables: &[(&str, &Path)],
+    ) -> Result<Count> {
         let mut count = Count::default();
         for binary in self.tests.iter().filter(|binary| choose(binary)) {
             let mut command = Command::new(&binary.file);
             command.current_dir(&binary.folder).env("CARGO_MANIFEST_DIR", &binary.folder);
+            command.envs(variables.iter().copied());
             if tier != Tier::Unit {
                 // Root tests change the machine: one after the other.
                 command.arg("--test-threads=1");

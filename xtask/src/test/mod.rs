@@ -2,6 +2,7 @@
 
 mod binaries;
 mod e2e;
+mod guest;
 mod kernels;
 
 use crate::demo::interrupt;
@@ -37,6 +38,8 @@ enum Tier {
     Crash,
     /// A static test program on Debian's kernels 5.10, 6.1, 6.12 and the newest
     Vm,
+    /// Guests with a Linux of their own, on this machine's kernel: root
+    Guest,
     /// The agent in a machine with systemd and libvirt
     E2e,
     /// The demo, as a user runs it: root
@@ -45,7 +48,8 @@ enum Tier {
 
 impl Tier {
     /// Those that run unless others were asked for.
-    const ALL: &[Self] = &[Self::Lint, Self::Unit, Self::Native, Self::Crash, Self::Vm, Self::E2e];
+    const ALL: &[Self] =
+        &[Self::Lint, Self::Unit, Self::Native, Self::Crash, Self::Vm, Self::Guest, Self::E2e];
     /// Those that only run when asked for. The demo judges latencies, under TCG where there is
     /// no KVM: a figure for people, and no test that must hold on a busy machine.
     const ON_REQUEST: &[Self] = &[Self::Demo];
@@ -56,17 +60,18 @@ impl Tier {
             Self::Unit => &[Purpose::Build],
             Self::Native | Self::Crash => &[Purpose::Build, Purpose::Native],
             Self::Vm => &[Purpose::Build, Purpose::Vm],
+            Self::Guest => &[Purpose::Build, Purpose::Native, Purpose::Vm],
             Self::E2e => &[Purpose::Build, Purpose::E2e],
             Self::Demo => &[Purpose::Build, Purpose::Demo],
         }
     }
 
     fn needs_root(self) -> bool {
-        matches!(self, Self::Native | Self::Crash | Self::E2e | Self::Demo)
+        matches!(self, Self::Native | Self::Crash | Self::Guest | Self::E2e | Self::Demo)
     }
 
     fn needs_binaries(self) -> bool {
-        matches!(self, Self::Unit | Self::Native | Self::Crash | Self::E2e)
+        matches!(self, Self::Unit | Self::Native | Self::Crash | Self::Guest | Self::E2e)
     }
 
     fn run(self, binaries: Option<&Binaries>) -> Result<Count> {
@@ -78,6 +83,7 @@ impl Tier {
             Self::Native => binaries().run(self, binaries::native),
             Self::Crash => binaries().run(self, binaries::crash),
             Self::Vm => kernels::run(),
+            Self::Guest => guest::run(binaries()),
             Self::E2e => e2e::run(binaries()),
             Self::Demo => Ok(demo()),
         }
@@ -92,6 +98,7 @@ impl fmt::Display for Tier {
             Self::Native => "native",
             Self::Crash => "crash",
             Self::Vm => "vm",
+            Self::Guest => "guest",
             Self::E2e => "e2e",
             Self::Demo => "demo",
         })
