@@ -5,6 +5,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod block;
 pub mod histogram;
 pub mod runq;
 pub mod sampling;

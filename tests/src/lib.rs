@@ -1,6 +1,7 @@
 //! Shared pieces of the root tests.
 
 pub mod agent;
+pub mod block;
 pub mod contention;
 pub mod footprint;
 pub mod frames;

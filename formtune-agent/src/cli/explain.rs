@@ -1,5 +1,7 @@
 //! `formtune explain VM`: why is it as it is, and what would change it.
 
+mod block;
+
 use super::advice::would_change;
 use super::client::{self, At, ClientError};
 use super::state::State;
@@ -101,6 +103,9 @@ pub fn render(
     line("Waits", &waits(vm.recent.as_ref()));
     if let Some(blamed) = vm.held_by.as_ref().filter(|blamed| blamed.total.0 > 0) {
         line("Because", &because(blamed));
+    }
+    if node.node.block.is_some() {
+        line("Block I/O", &block::block(vm, node.node.block.as_ref()));
     }
     line("CPU", &cpu(vm));
     if let Some(memory) = memory(vm) {

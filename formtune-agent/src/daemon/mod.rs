@@ -6,6 +6,7 @@
 //! their own and reach it by messages only.
 
 mod alone;
+mod block;
 mod logging;
 mod privileges;
 mod publish;
@@ -106,6 +107,7 @@ struct Agent {
     plan: Option<Plan>,
     recent: Recent,
     culprits: Culprits,
+    recent_block: Recent,
     decisions: DecisionLog,
     enforcing: bool,
     /// Held as long as knobs may be turned.
@@ -175,6 +177,7 @@ impl Agent {
             plan: None,
             recent: Recent::default(),
             culprits: Culprits::default(),
+            recent_block: Recent::default(),
             decisions: DecisionLog::default(),
             enforcing: mode == Mode::Enforce,
             config,
@@ -241,6 +244,9 @@ impl Agent {
             if let Some(held) = &read.held {
                 self.culprits.add(id, at, held);
             }
+            if let Some(block) = &read.block {
+                self.recent_block.add(id, at, block);
+            }
             seen.usage(&read);
             let active = read.runq.as_ref().is_none_or(|runq| !runq.counts.is_empty());
             let cpu_weight = self.weights.get(&self.act, vm, active);
@@ -273,6 +279,7 @@ impl Agent {
         self.weights.forget(id);
         self.recent.forget(id);
         self.culprits.forget(id);
+        self.recent_block.forget(id);
         self.decisions.forget(id);
         self.vms.remove(id);
     }

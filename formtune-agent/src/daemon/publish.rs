@@ -182,6 +182,7 @@ impl Agent {
                     state.runq_check = files.runq_check;
                 }
                 state.tcp = self.sense.tcp(id).map(Into::into);
+                state.block = self.block_state(id, now);
                 Some((id.clone(), state))
             })
             .collect();
@@ -244,6 +245,7 @@ impl Agent {
             pressure: *self.sense.pressure(),
             hdr_log: self.hdr_log.as_ref().map(HdrLog::state),
             tcp: self.sense.tcp_health().into(),
+            block: Some(self.block_node()),
         }
     }
 }

@@ -2,6 +2,7 @@
 //! that gets in its way, and names a remedy for each finding. Changes nothing: the probe is
 //! really loaded, and unloaded again.
 
+mod block;
 mod kernel;
 mod node;
 mod rivals;
@@ -59,6 +60,7 @@ pub fn examine(config: &Config, waiting: impl FnOnce() + Send + 'static) -> Vec<
     checks.push(cgroup);
     checks.push(kernel::program(hierarchies.as_ref(), may_load));
     checks.extend(kernel::tcp(hierarchies.as_ref(), may_load));
+    checks.push(block::program(hierarchies.as_ref(), may_load));
     checks.push(node::libvirt(config, waiting));
     checks.extend(hierarchies.map(|hierarchies| node::vms(config, &hierarchies)));
     let running = node::agent_running(config);

@@ -5,12 +5,14 @@
 //! scrape, and a value that is not known is absent rather than zero.
 
 mod accept;
+mod block;
 mod exposition;
 mod kernel_files;
 pub mod protobuf;
 mod tcp;
 mod text;
 
+use super::latency::LatencyCounts;
 use super::series::Latency;
 use super::snapshot::{LibvirtState, Node, Snapshot, VmState, action_name, mode_name};
 pub use accept::Format;
@@ -73,6 +75,7 @@ impl Families<'_> {
         self.one("formtune_vms_left_out", help, Some(left_out as f64))?;
         self.vms(&shown)?;
         self.kernel_files(node, &shown)?;
+        self.block(node, &shown)?;
         self.tcp(node, &shown)?;
         self.decisions(node)
     }
@@ -358,18 +361,26 @@ impl Families<'_> {
 
     fn latency(&mut self, latency: Latency, vms: &[&VmState]) -> fmt::Result {
         let (name, help) = latency.family();
+        self.histograms(name, help, |each| vms.iter().for_each(|vm| latency.of(vm, &mut *each)))
+    }
+
+    /// A family of histograms; `all` hands over each with its labels. Without any, the family
+    /// is left out.
+    fn histograms(
+        &mut self,
+        name: &str,
+        help: &str,
+        all: impl FnOnce(&mut dyn FnMut(&[(&'static str, &str)], &LatencyCounts)),
+    ) -> fmt::Result {
         let family = Family { name, help, kind: Kind::Histogram };
         let (mut begun, mut result) = (false, Ok(()));
-        for vm in vms {
-            latency.of(vm, |labels, counts| {
-                result = result.and_then(|()| match std::mem::replace(&mut begun, true) {
-                    true => Ok(()),
-                    false => self.0.begin(&family),
-                });
-                result =
-                    result.and_then(|()| self.0.sample(&family, labels, Value::Latency(counts)));
+        all(&mut |labels, counts| {
+            result = result.and_then(|()| match std::mem::replace(&mut begun, true) {
+                true => Ok(()),
+                false => self.0.begin(&family),
             });
-        }
+            result = result.and_then(|()| self.0.sample(&family, labels, Value::Latency(counts)));
+        });
         result?;
         if begun { self.0.end() } else { Ok(()) }
     }

@@ -4,6 +4,7 @@
 //! ([`source::channel`]); while nobody asks, nothing is copied. What the loop must
 //! remember for a snapshot between ticks is kept in [`DecisionLog`], [`Recent`] and [`Culprits`].
 
+pub mod block;
 pub mod culprits;
 pub mod decisions;
 pub mod hdr;

@@ -16,16 +16,19 @@ pub const MOST: usize = 20_000;
 pub enum Latency {
     /// From runnable to running.
     RunQueue,
+    /// Block requests, until they were done.
+    Block,
 }
 
 impl Latency {
     /// All of them.
-    pub const ALL: [Self; 1] = [Self::RunQueue];
+    pub const ALL: [Self; 2] = [Self::RunQueue, Self::Block];
 
     /// Short name, as in JSON and interval logs.
     pub const fn name(self) -> &'static str {
         match self {
             Self::RunQueue => "runqueue_latency",
+            Self::Block => "block_latency",
         }
     }
 
@@ -35,6 +38,11 @@ impl Latency {
             Self::RunQueue => (
                 "formtune_vm_runqueue_latency_seconds",
                 "Time from runnable to running of all threads of the VM, since it was first seen",
+            ),
+            Self::Block => (
+                "formtune_vm_block_latency_seconds",
+                "Time of the VM's block requests until they were done, from being queued (phase \
+                 total) or given to the device (phase device)",
             ),
         }
     }
@@ -49,6 +57,18 @@ impl Latency {
             Self::RunQueue => {
                 if let Some(runq) = &vm.runq {
                     each(&[("vm", &vm.id.0)], runq);
+                }
+            }
+            Self::Block => {
+                for device in vm.block.iter().flat_map(|block| &block.devices) {
+                    for (op, phase, counts) in device.phases() {
+                        let vm = vm.id.0.as_str();
+                        let device = device.device.as_str();
+                        each(
+                            &[("vm", vm), ("device", device), ("op", op), ("phase", phase)],
+                            counts,
+                        );
+                    }
                 }
             }
         }

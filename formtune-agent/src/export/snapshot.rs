@@ -59,6 +59,9 @@ pub struct Node {
     pub agent: AgentState,
     /// Since the agent started.
     pub counters: Counters,
+    /// Block I/O; `None` in answers of agents that do not measure it.
+    #[serde(default)]
+    pub block: Option<super::block::BlockNode>,
     /// The node's pressure.
     #[serde(default)]
     pub pressure: Pressure,
@@ -268,6 +271,9 @@ pub struct VmState {
     /// TCP retransmissions since the VM was first seen.
     #[serde(default)]
     pub tcp: Option<VmTcp>,
+    /// Block I/O since the VM was first seen; `None` while it is not measured.
+    #[serde(default)]
+    pub block: Option<super::block::BlockState>,
 }
 
 impl VmState {
@@ -305,6 +311,7 @@ impl VmState {
             memory_events: MemoryEvents::default(),
             runq_check: None,
             tcp: None,
+            block: None,
         }
     }
 

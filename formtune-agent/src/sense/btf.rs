@@ -185,6 +185,20 @@ impl Btf {
         value.ok_or_else(|| BtfError::Missing(format!("enumerator {name}")))
     }
 
+    /// Value of an enumerator with this name; looked for anew each time.
+    pub fn enumerator(&self, name: &str) -> Option<u32> {
+        let enums = self.types.iter().skip(1).map(|&at| at as usize);
+        enums.filter(|&at| self.kind(at) == Some(KIND_ENUM)).find_map(|at| {
+            let count = (self.u32(at + 4)? & 0xffff) as usize;
+            let entry = (0..count).map(|i| at + 12 + i * 8).find(|&e| self.name(e) == Some(name));
+            self.u32(entry? + 4)
+        })
+    }
+
+    fn kind(&self, at: usize) -> Option<u32> {
+        Some(self.u32(at + 4)? >> 24 & 0x1f)
+    }
+
     /// Bit offset and type of a member, searched also in anonymous members.
     fn member(&self, ty: u32, name: &str, depth: u8) -> Option<(u32, u32)> {
         let at = self.resolve(ty)?;

@@ -22,6 +22,9 @@ pub struct Hierarchies {
     pub unified: Option<PathBuf>,
     /// Mount point of the v1 hierarchy with `memory`.
     pub memory: Option<PathBuf>,
+    /// Mount point of the hierarchy to whose cgroups block I/O is charged: that of v1 `blkio`,
+    /// else v2 where it has `io`.
+    pub block: Option<PathBuf>,
 }
 
 /// Why no hierarchy could be chosen.
@@ -76,8 +79,12 @@ impl Hierarchies {
         };
         let unified = mounts.iter().find(|m| m.kind == Kind::V2).map(|m| m.point.clone());
         let (cpuacct, memory) = (v1("cpuacct"), v1("memory"));
+        let has_io = |unified: &PathBuf| {
+            controllers(unified).is_ok_and(|listed| listed.split_whitespace().any(|c| c == "io"))
+        };
+        let block = v1("blkio").or_else(|| unified.clone().filter(has_io));
         if let Some(cpu) = v1("cpu") {
-            return Ok(Self { cpu, version: CgroupVersion::V1, cpuacct, unified, memory });
+            return Ok(Self { cpu, version: CgroupVersion::V1, cpuacct, unified, memory, block });
         }
         let cpu = unified.clone().ok_or(CgroupError::NoCpuController)?;
         let path = cpu.join("cgroup.controllers");
@@ -85,7 +92,7 @@ impl Hierarchies {
         if !listed.split_whitespace().any(|c| c == "cpu") {
             return Err(CgroupError::NoCpuController);
         }
-        Ok(Self { cpu, version: CgroupVersion::V2, cpuacct, unified, memory })
+        Ok(Self { cpu, version: CgroupVersion::V2, cpuacct, unified, memory, block })
     }
 }
 
@@ -170,6 +177,7 @@ mod tests {
         assert_eq!(found.cpu, Path::new(ROOT));
         assert_eq!(found.version, CgroupVersion::V2);
         assert_eq!(found.cpuacct, None);
+        assert_eq!(found.block.as_deref(), Some(Path::new(ROOT)));
     }
 
     #[test]
@@ -187,6 +195,19 @@ mod tests {
         assert_eq!(found.cpuacct.as_deref(), Some(Path::new("/sys/fs/cgroup/cpu,cpuacct")));
         assert_eq!(found.unified.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
         assert_eq!(found.memory.as_deref(), Some(Path::new("/sys/fs/cgroup/memory")));
+        assert_eq!(found.block, None);
+    }
+
+    #[test]
+    fn block_io_is_charged_where_its_controller_is() {
+        let mounts = "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+             41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
+        let found = find(mounts, "hugetlb io").unwrap();
+        assert_eq!(found.block.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
+        let with_v1 =
+            format!("{mounts}\n33 31 0:30 / /sys/fs/cgroup/blkio rw - cgroup cgroup rw,blkio");
+        let found = find(&with_v1, "hugetlb").unwrap();
+        assert_eq!(found.block.as_deref(), Some(Path::new("/sys/fs/cgroup/blkio")));
     }
 
     #[test]

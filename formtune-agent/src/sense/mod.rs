@@ -4,6 +4,7 @@
 //! A thread watches for VMs ([`discover`]); [`Sense::sample`] takes what it found, gives each
 //! VM a slot of the probe's map, reads the counters, and is the only one to touch either.
 
+pub mod block;
 pub mod btf;
 pub mod cgroup;
 mod config;
@@ -29,6 +30,7 @@ pub use usage::QuotaPeriods;
 
 use crate::hypervisor::{Domain, Hypervisor};
 use crate::vm::{Owner, Vm};
+use block::Block;
 use cgroup::{CgroupError, Hierarchies};
 use discover::{Discovery, Found};
 use formtune_common::runq::{HOST, slot_of};
@@ -89,6 +91,9 @@ pub struct VmReading {
     pub throttled_ns: Option<u64>,
     /// Periods of that quota, renewed likewise.
     pub quota_periods: Option<QuotaPeriods>,
+    /// Block I/O since the reading before, from queued to done, over all devices and
+    /// operations; `None` if it is not measured.
+    pub block: Option<RunqInterval>,
 }
 
 /// How long a cgroup of libvirt's waits to be claimed by a domain, before it is taken for
@@ -116,6 +121,7 @@ pub struct Sense {
     health: ProbeHealth,
     files: files::Files,
     tcp: Tcp,
+    block: Block,
 }
 
 struct Tracked {
@@ -145,6 +151,7 @@ impl Sense {
         let kernel = Kernel::open();
         let (slots, runq) = Slots::open(kernel.as_ref(), hierarchies.version, config.max_vms);
         let tcp = Tcp::open(kernel.as_ref(), &hierarchies, config.max_vms);
+        let block = Block::open(kernel.as_ref(), &hierarchies, config.max_vms);
         drop(kernel);
         let has_hypervisor = hypervisor.is_some();
         let tree = Tree::new(&hierarchies.cpu, &config.patterns);
@@ -180,6 +187,7 @@ impl Sense {
             health,
             files: files::Files::open(),
             tcp,
+            block,
         })
     }
 
@@ -198,6 +206,7 @@ impl Sense {
                     if let Some(tracked) = self.tracked.get_mut(&group.path) {
                         self.tcp.track(&group.path, &ids, now);
                         self.slots.regroup(&mut tracked.slot, &ids);
+                        self.block.track(&group.path, &ids, now);
                         tracked.group = group;
                     }
                 }
@@ -208,6 +217,7 @@ impl Sense {
         for tracked in self.tracked.values_mut() {
             self.slots.ensure(&mut tracked.slot);
         }
+        self.block.read(now);
         let (vms, blind) = self.read(now);
         self.files.read(&self.hierarchies, &mut self.tracked, now);
         self.tcp.sample(now);
@@ -270,6 +280,11 @@ impl Sense {
         self.tcp.health()
     }
 
+    /// Block I/O latency; VMs are known there by their cgroups.
+    pub fn block(&self) -> &Block {
+        &self.block
+    }
+
     /// State of the probe.
     pub fn health(&self) -> &ProbeHealth {
         &self.health
@@ -279,6 +294,7 @@ impl Sense {
         self.tcp.track(&group.path, ids, now);
         let mut slot = slots::Slot::default();
         self.slots.regroup(&mut slot, ids);
+        self.block.track(&group.path, ids, now);
         let tracked = Tracked {
             slot,
             totals: RunqTotals::default(),
@@ -296,6 +312,7 @@ impl Sense {
         let tracked = self.tracked.remove(path)?;
         self.tcp.untrack(path, now);
         self.slots.release(tracked.slot, now);
+        self.block.untrack(path, now);
         let id = tracked.vm?.id.clone();
         self.paths.remove(&id);
         self.vms.remove(&id);
@@ -400,6 +417,7 @@ impl Sense {
                 cpu_usage_ns: usage.cpu_ns,
                 throttled_ns: usage.throttled_ns,
                 quota_periods: usage.periods,
+                block: self.block.interval(path),
             };
             vms.insert(vm.id.clone(), reading);
         }

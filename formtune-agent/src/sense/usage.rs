@@ -334,6 +334,7 @@ mod tests {
             cpuacct: Some(root.join("cpuacct")),
             unified: Some(root.join("unified")),
             memory: None,
+            block: None,
         };
         let cgroup = root.join("cpu/machine/a");
         let read = |at| UsageReader::new(CgroupVersion::V1).usage(&hierarchies, &cgroup, at, true);
@@ -355,6 +356,7 @@ mod tests {
             cpuacct: None,
             unified: None,
             memory: None,
+            block: None,
         };
         let mut reader = UsageReader::new(CgroupVersion::V2);
         let mut at =

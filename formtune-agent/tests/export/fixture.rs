@@ -72,6 +72,7 @@ fn node(log: &DecisionLog) -> Node {
             taps: 1,
             ..NodeTcp::default()
         },
+        block: Some(crate::block::node()),
     }
 }
 
@@ -148,6 +149,7 @@ fn web() -> VmState {
     vm.cpu_usage_ns = Some(61_500_000_000);
     vm.throttled_ns = Some(0);
     vm.tcp = Some(tcp());
+    vm.block = Some(crate::block::state());
     vm.decided(&victim_decision());
     vm
 }

@@ -21,6 +21,7 @@ impl Fake {
                 cpuacct: None,
                 unified: Some(root("unified")),
                 memory: None,
+                block: None,
             },
             CgroupVersion::V1 => Hierarchies {
                 cpu: root("cpu"),
@@ -28,6 +29,7 @@ impl Fake {
                 cpuacct: None,
                 unified: Some(root("unified")),
                 memory: Some(root("memory")),
+                block: None,
             },
         };
         Self { folder, hierarchies }

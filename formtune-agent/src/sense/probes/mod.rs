@@ -1,6 +1,7 @@
 //! Loads the probes and owns their maps: one object and one file here per probe family. The
 //! only room that names aya.
 
+mod block;
 mod cost;
 mod floor;
 mod mapped;
@@ -8,6 +9,7 @@ mod retransmit;
 mod runq;
 mod tap;
 
+pub use block::{BLOCK_RQ_COMPLETE, BlockProbe, BlockSizes};
 pub use cost::{Cost, CostMeter, Runs};
 pub use floor::Floor;
 pub use retransmit::{RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB};

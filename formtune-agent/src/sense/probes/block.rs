@@ -1,0 +1,229 @@
+//! The block I/O probe.
+
+use super::{CgroupTable, Kernel, ProbeError, load, take};
+use crate::sense::btf::BtfError;
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, Queue};
+use aya::programs::BtfTracePoint;
+use aya::{Ebpf, include_bytes_aligned};
+use formtune_common::block::{Counters, Key, Row};
+use formtune_common::table::TableEntry;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// The object that build.rs made of `formtune-ebpf/src/bin/block.rs`.
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-block"));
+
+/// The program, and the tracepoint it is attached to.
+pub const BLOCK_RQ_COMPLETE: &str = "block_rq_complete";
+/// Counts what is tried again.
+const REQUEUE: &str = "block_rq_requeue";
+/// The programs that note times, for kernels whose tracepoints have the request as first and
+/// as second argument, and the tracepoints.
+const NOTE: [(&str, &str, &str); 2] = [
+    ("block_rq_insert", "block_rq_insert_of", "block_rq_insert"),
+    ("block_rq_issue", "block_rq_issue_of", "block_rq_issue"),
+];
+
+/// Constants of `formtune-ebpf/src/bin/block.rs` that are offsets: name, structure, member.
+const OFFSETS: &[(&str, &str, &str)] = &[
+    ("RQ_QUEUE", "request", "q"),
+    ("RQ_CMD_FLAGS", "request", "cmd_flags"),
+    ("RQ_FLAGS", "request", "rq_flags"),
+    ("RQ_DATA_LEN", "request", "__data_len"),
+    ("RQ_BIO", "request", "bio"),
+    ("RQ_START_TIME", "request", "start_time_ns"),
+    ("RQ_IO_START_TIME", "request", "io_start_time_ns"),
+    ("QUEUE_FLAGS", "request_queue", "queue_flags"),
+    ("DISK_MAJOR", "gendisk", "major"),
+    ("DISK_FIRST_MINOR", "gendisk", "first_minor"),
+    ("BIO_NEXT", "bio", "bi_next"),
+    ("BIO_IO_VEC", "bio", "bi_io_vec"),
+    ("BIO_BLKG", "bio", "bi_blkg"),
+    ("BLKG_BLKCG", "blkcg_gq", "blkcg"),
+    ("BLKCG_CGROUP", "blkcg", "css.cgroup"),
+    ("CGROUP_KN", "cgroup", "kn"),
+    ("KN_ID", "kernfs_node", "id"),
+];
+
+/// `RQF_FLUSH_SEQ` before it was an enumerator (Linux 6.11): `1 << 4`, include/linux/blkdev.h.
+const FLUSH_SEQ_BIT: u32 = 4;
+/// `RQF_STATS` before it was an enumerator (Linux 6.11): `1 << 16`, include/linux/blkdev.h.
+const STATS_BIT: u32 = 16;
+/// `QUEUE_FLAG_STATS` before it was an enumerator (Linux 6.11), include/linux/blkdev.h.
+const QUEUE_STATS_BIT: u32 = 20;
+
+/// How large the maps are made.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockSizes {
+    /// Rows: what is counted apart.
+    pub rows: u32,
+    /// Places of `TABLE`, a power of two.
+    pub table: u32,
+    /// cgroups that fit into `SPILL`.
+    pub spill: u32,
+}
+
+impl BlockSizes {
+    /// Kernel memory of `ROWS` and `TABLE`, bytes. The others take some hundredths of that.
+    pub fn bytes(&self) -> u64 {
+        u64::from(self.rows) * size_of::<Row>() as u64
+            + u64::from(self.table) * size_of::<TableEntry>() as u64
+    }
+}
+
+/// The block I/O probe, attached; detached when dropped.
+pub struct BlockProbe {
+    /// Which cgroup is whose.
+    pub cgroups: CgroupTable,
+    rows: MapData,
+    row_of: HashMap<MapData, Key, u32>,
+    free: Queue<MapData, u32>,
+    counters: PerCpuArray<MapData, Counters>,
+    /// Whether the programs that note times are attached.
+    notes: bool,
+    /// Which of both kinds of them this kernel takes; `None` if neither could be loaded.
+    second_argument: Option<bool>,
+    ebpf: Ebpf,
+}
+
+impl BlockProbe {
+    /// Looks up the offsets, loads, attaches; all rows are free.
+    ///
+    /// # Errors
+    /// [`ProbeError`], one line.
+    pub fn load(kernel: &Kernel, sizes: BlockSizes) -> Result<Self, ProbeError> {
+        let mut constants = kernel.offsets(OFFSETS)?;
+        let types = &kernel.offsets;
+        let disk_of_queue = types.offset("request_queue", "disk");
+        let disk_of_request = types.offset("request", "rq_disk");
+        if let (Err(error), Err(_)) = (&disk_of_queue, &disk_of_request) {
+            return Err(BtfError::Missing(error.to_string()).into());
+        }
+        let io_stat = types.enumerator("__RQF_IO_STAT").map_or(0, |bit| 1 << bit);
+        let stats = 1 << types.enumerator("__RQF_STATS").unwrap_or(STATS_BIT);
+        constants.extend([
+            ("QUEUED_FLAG", io_stat),
+            ("ISSUED_FLAG", stats),
+            ("TABLE_MASK", sizes.table - 1),
+            ("DISK_OF_QUEUE", u32::from(disk_of_queue.is_ok())),
+            ("QUEUE_DISK", disk_of_queue.unwrap_or(0)),
+            ("RQ_DISK", disk_of_request.unwrap_or(0)),
+            ("OP_ZONE_APPEND", types.enumerator("REQ_OP_ZONE_APPEND").unwrap_or(u32::MAX)),
+            ("FLUSH_SEQ_BIT", types.enumerator("__RQF_FLUSH_SEQ").unwrap_or(FLUSH_SEQ_BIT)),
+            ("QUEUE_STATS_BIT", types.enumerator("QUEUE_FLAG_STATS").unwrap_or(QUEUE_STATS_BIT)),
+        ]);
+        let lengths = [
+            ("ROWS", sizes.rows),
+            ("ROW_OF", sizes.rows),
+            ("FREE", sizes.rows),
+            ("TABLE", sizes.table),
+            ("SPILL", sizes.spill),
+        ];
+        let mut ebpf = load(OBJECT, &constants, &lengths)?;
+        let Map::Array(rows) = take(&mut ebpf, "ROWS")? else {
+            return Err(ProbeError::Object("ROWS"));
+        };
+        let cgroups = CgroupTable::of(&mut ebpf)?;
+        let row_of = take(&mut ebpf, "ROW_OF")?.try_into().map_err(aya::EbpfError::from)?;
+        let free = take(&mut ebpf, "FREE")?.try_into().map_err(aya::EbpfError::from)?;
+        let counters = take(&mut ebpf, "COUNTERS")?.try_into().map_err(aya::EbpfError::from)?;
+        let mut probe = Self {
+            cgroups,
+            rows,
+            row_of,
+            free,
+            counters,
+            notes: false,
+            second_argument: None,
+            ebpf,
+        };
+        for number in 0..sizes.rows {
+            probe.give_back(number).map_err(aya::EbpfError::from)?;
+        }
+        for name in [BLOCK_RQ_COMPLETE, REQUEUE] {
+            super::attach(&mut probe.ebpf, kernel, name, name)?;
+        }
+        // Loaded now, while the kernel's types are at hand; attached when a device needs them.
+        probe.second_argument = match kernel.offsets.tracepoint_arguments("block_rq_issue") {
+            Ok(arguments) => probe.load_notes(kernel, arguments > 1),
+            Err(_) => None,
+        };
+        Ok(probe)
+    }
+
+    /// Loads the programs that note times; returns which kind if that works.
+    fn load_notes(&mut self, kernel: &Kernel, second: bool) -> Option<bool> {
+        for (first_argument, second_argument, tracepoint) in NOTE {
+            let name = if second { second_argument } else { first_argument };
+            let program: &mut BtfTracePoint = self.ebpf.program_mut(name)?.try_into().ok()?;
+            if let Err(error) = program.load(tracepoint, &kernel.types) {
+                tracing::warn!("{name} is not loaded: {}", super::program_error(&error));
+                return None;
+            }
+        }
+        Some(second)
+    }
+
+    /// Whether times are noted in a map where requests carry none.
+    pub fn notes(&self) -> bool {
+        self.notes
+    }
+
+    /// From now on, notes the times that requests do not carry. Does nothing where that is
+    /// so already, or cannot be.
+    ///
+    /// # Errors
+    /// If the programs cannot be attached; it is not tried again then.
+    pub fn note(&mut self) -> Result<(), ProbeError> {
+        let Some(second) = self.second_argument.take() else { return Ok(()) };
+        for (first_argument, second_argument, _) in NOTE {
+            let name = if second { second_argument } else { first_argument };
+            let program: &mut BtfTracePoint =
+                self.ebpf.program_mut(name).ok_or(ProbeError::Object("program"))?.try_into()?;
+            program.attach()?;
+        }
+        self.notes = true;
+        Ok(())
+    }
+
+    /// What is not in the rows, since the probe was loaded.
+    ///
+    /// # Errors
+    /// If the map cannot be read, which a map of this kind always can.
+    pub fn counters(&self) -> Result<Counters, ProbeError> {
+        let mut sum = Counters::default();
+        for cpu in self.counters.get(&0, 0).map_err(aya::EbpfError::from)?.iter() {
+            sum.add(cpu);
+        }
+        Ok(sum)
+    }
+
+    /// Requests not seen, as they were done while the same CPU looked at another; `None`
+    /// where the kernel does not say (before 5.12).
+    pub fn missed(&self) -> Option<u64> {
+        let program: &BtfTracePoint = self.ebpf.program(BLOCK_RQ_COMPLETE)?.try_into().ok()?;
+        let fd = program.fd().ok()?.as_fd().as_raw_fd();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse().ok())
+    }
+
+    /// The map of rows, to be mapped.
+    pub fn rows(&self) -> BorrowedFd<'_> {
+        self.rows.fd().as_fd()
+    }
+
+    /// Has the probe forget whose a row is. Only where no request can lead to the key.
+    ///
+    /// # Errors
+    /// If the map cannot be written.
+    pub fn forget(&mut self, key: &Key) -> Result<(), MapError> {
+        self.row_of.remove(key)
+    }
+
+    /// Lets the probe take a row; it must hold zeroes.
+    ///
+    /// # Errors
+    /// If the map cannot be written.
+    pub fn give_back(&mut self, number: u32) -> Result<(), MapError> {
+        self.free.push(number, 0)
+    }
+}
