@@ -298,13 +298,18 @@ fn histograms_are_given_bucket_by_bucket() {
     let served = Served::new();
     let all: Histograms = serde_json::from_str(&unix(&served, "/v1/histograms").body).unwrap();
     assert_eq!((all.at, all.unix_ms, all.left_out), (AT, 1_790_000_000_000, 0));
-    let names: Vec<_> = all.histograms.iter().map(|series| series.labels["vm"].as_str()).collect();
-    assert_eq!(names, ["hog-1", "idle-with-a-rather-long-name-0001", "web-1"]);
+    let of = |metric: &str| -> Vec<_> {
+        let series = all.histograms.iter().filter(|series| series.metric == metric);
+        series.map(|series| series.labels["vm"].as_str()).collect()
+    };
+    let waited = ["hog-1", "idle-with-a-rather-long-name-0001", "web-1"];
+    assert_eq!(of("runqueue_latency"), waited);
+    assert_eq!(of("block_latency"), ["web-1"; 5]);
     let one = unix(&served, "/v1/histograms?vm=web-1").json();
     let series = &one["histograms"][0];
     assert_eq!(
         (&series["metric"], one["histograms"].as_array().unwrap().len()),
-        (&"runqueue_latency".into(), 1)
+        (&"runqueue_latency".into(), 6)
     );
     assert_eq!(series["counts"].as_array().unwrap().len(), 4);
     let wrong = unix(&served, "/v1/histograms?limit=1");

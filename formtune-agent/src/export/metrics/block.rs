@@ -2,7 +2,6 @@
 
 use super::Families;
 use crate::export::block::{BlockDevice, BlockNode, Who};
-use crate::export::series::Latency;
 use crate::export::snapshot::{Node, VmState};
 use std::fmt;
 
@@ -22,7 +21,6 @@ impl Families<'_> {
             .filter_map(|vm| Some((vm.id.0.as_str(), vm.block.as_ref()?)))
             .flat_map(|(id, state)| state.devices.iter().map(move |device| (id, device)))
             .collect();
-        self.latency(Latency::Block, vms)?;
         self.counter(
             "formtune_vm_block_device_seconds_total",
             "Time the VM's requests spent in the device, summed over requests",
