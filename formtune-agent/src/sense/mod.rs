@@ -150,9 +150,12 @@ impl Sense {
         raise_limits();
         let kernel = Kernel::open();
         let (slots, runq) = Slots::open(kernel.as_ref(), hierarchies.version, config.max_vms);
-        let tcp = Tcp::open(kernel.as_ref(), &hierarchies, config.max_vms);
+        let mut tcp = Tcp::open(kernel.as_ref(), &hierarchies, config.max_vms);
         let block = Block::open(kernel.as_ref(), &hierarchies, config.max_vms);
         drop(kernel);
+        let mut programs = slots.programs();
+        programs.extend(tcp.programs());
+        programs.extend(block.programs());
         let has_hypervisor = hypervisor.is_some();
         let tree = Tree::new(&hierarchies.cpu, &config.patterns);
         let discovery = Discovery::start(tree, hypervisor).map_err(SenseError::Thread)?;
@@ -182,7 +185,7 @@ impl Sense {
             paths: BTreeMap::new(),
             vms: BTreeMap::new(),
             host_cpu: HostCpu::open(),
-            cost: CostMeter::default(),
+            cost: CostMeter::new(programs),
             sampling_shift: 0,
             health,
             files: files::Files::open(),
@@ -224,7 +227,7 @@ impl Sense {
         self.slots.flush_log();
         self.update_health();
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
-        let cost = self.cost.tick(now, || self.slots.runs());
+        let cost = self.cost.tick(now);
         self.health.cost = cost.or(self.health.cost);
         let host = HostSample {
             cpus,

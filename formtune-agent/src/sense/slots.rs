@@ -3,7 +3,7 @@
 use super::btf::BtfError;
 use super::health::ProbeState;
 use super::kernel;
-use super::probes::{self, Kernel, ProbeError, RunqProbe, Runs, Sizes};
+use super::probes::{self, Kernel, ProbeError, RunqProbe, Sizes};
 use super::runq::{HeldBy, RunqReader, RunqTotals, Scratch, SlotRows};
 use super::table::Table;
 use crate::vm::CgroupVersion;
@@ -11,6 +11,7 @@ use formtune_common::runq::{Control, Row};
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::Nanos;
 use std::collections::{BTreeSet, VecDeque};
+use std::os::fd::OwnedFd;
 
 /// Most kernel memory that rows may take, bytes: 478 VMs on 128 CPUs.
 const ROWS_MAX_BYTES: u64 = 128 << 20;
@@ -193,9 +194,9 @@ impl Slots {
         freed
     }
 
-    /// What the probe's program has cost so far.
-    pub fn runs(&self) -> Runs {
-        self.probe.as_ref().map_or_else(Runs::default, RunqProbe::runs)
+    /// The probe's programs, to be asked what they cost.
+    pub fn programs(&self) -> Vec<OwnedFd> {
+        self.probe.as_ref().map_or_else(Vec::new, RunqProbe::programs)
     }
 
     /// From now on the probe looks at one switch in 2^shift.

@@ -21,6 +21,7 @@ use formtune_core::units::Nanos;
 use occupancy::Occupancy;
 use rows::{Rows, Scratch};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// Most kernel memory that rows may take, bytes.
@@ -154,6 +155,11 @@ impl Block {
             gone: BTreeSet::new(),
             looked_at: Nanos(0),
         }
+    }
+
+    /// The probe's programs, to be asked what they cost.
+    pub fn programs(&self) -> Vec<OwnedFd> {
+        self.probe.as_ref().map_or_else(Vec::new, BlockProbe::programs)
     }
 
     /// A VM that appeared, or whose cgroups are others now.

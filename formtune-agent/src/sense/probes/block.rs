@@ -7,7 +7,7 @@ use aya::programs::BtfTracePoint;
 use aya::{Ebpf, include_bytes_aligned};
 use formtune_common::block::{Counters, Key, Row};
 use formtune_common::table::TableEntry;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// The object that build.rs made of `formtune-ebpf/src/bin/block.rs`.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-block"));
@@ -204,6 +204,11 @@ impl BlockProbe {
         let fd = program.fd().ok()?.as_fd().as_raw_fd();
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
         info.lines().find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse().ok())
+    }
+
+    /// Its programs, to be asked what they cost.
+    pub fn programs(&self) -> Vec<OwnedFd> {
+        super::programs(&self.ebpf)
     }
 
     /// The map of rows, to be mapped.

@@ -3,7 +3,7 @@
 
 use aya::sys::{Stats, enable_stats};
 use formtune_core::units::Nanos;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 /// Least time over which is measured.
 const SPAN: Nanos = Nanos::from_millis(200);
@@ -13,18 +13,33 @@ const PAUSE: Nanos = Nanos::from_secs(5);
 
 /// Runs of programs and the time they took, as the kernel counted while it did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Runs {
+struct Runs {
     /// How many.
-    pub count: u64,
+    count: u64,
     /// Nanoseconds.
-    pub ns: u64,
+    ns: u64,
 }
 
 impl Runs {
-    /// Of one program; none where the kernel does not say.
-    pub(super) fn of(program: &aya::programs::Program) -> Self {
-        let Ok(info) = program.info() else { return Self::default() };
-        Self { count: info.run_count(), ns: info.run_time().as_nanos() as u64 }
+    /// Of these programs, as the kernel says beside their descriptors
+    /// (`bpf_prog_show_fdinfo()`, kernel/bpf/syscall.c).
+    fn of(programs: &[OwnedFd]) -> Self {
+        programs.iter().fold(Self::default(), |sum, program| {
+            let path = format!("/proc/self/fdinfo/{}", program.as_raw_fd());
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            sum + Self::parse(&text)
+        })
+    }
+
+    fn parse(text: &str) -> Self {
+        let value = |key: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+            line.trim_start_matches(':').trim().parse().ok()
+        };
+        Self {
+            count: value("run_cnt").unwrap_or_default(),
+            ns: value("run_time_ns").unwrap_or_default(),
+        }
     }
 }
 
@@ -46,21 +61,27 @@ pub struct Cost {
 }
 
 /// Measures now and then.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CostMeter {
+    programs: Vec<OwnedFd>,
     measuring: Option<(Nanos, Runs, OwnedFd)>,
     next_at: Nanos,
 }
 
 impl CostMeter {
-    /// To be called with every sample; `runs` sums up all programs. `Some` at the end of a
-    /// measurement. Never where the kernel has no statistics.
-    pub fn tick(&mut self, now: Nanos, runs: impl FnOnce() -> Runs) -> Option<Cost> {
+    /// Of these programs.
+    pub fn new(programs: Vec<OwnedFd>) -> Self {
+        Self { programs, measuring: None, next_at: Nanos(0) }
+    }
+
+    /// To be called with every sample. `Some` at the end of a measurement; never where the
+    /// kernel has no statistics.
+    pub fn tick(&mut self, now: Nanos) -> Option<Cost> {
         let Some((began, before, _)) = &self.measuring else {
-            if now >= self.next_at {
+            if now >= self.next_at && !self.programs.is_empty() {
                 self.next_at = Nanos(now.0 + PAUSE.0);
                 // Read before it is switched on: what runs in between counts for nothing.
-                let before = runs();
+                let before = Runs::of(&self.programs);
                 self.measuring = enable_stats(Stats::RunTime).ok().map(|fd| (now, before, fd));
             }
             return None;
@@ -69,14 +90,26 @@ impl CostMeter {
         if span < SPAN {
             return None;
         }
-        let after = runs();
+        let after = Runs::of(&self.programs);
         let (count, ns) = (after.count.checked_sub(before.count), after.ns.checked_sub(before.ns));
         self.measuring = None;
         self.next_at = Nanos(now.0 + PAUSE.0);
-        // A probe that went away meanwhile takes its runs with it: no measurement.
         Some(Cost {
             cpus: ns? as f64 / span.0 as f64,
             runs_per_s: count? as f64 / span.as_secs_f64(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_says_beside_a_descriptor() {
+        let text = "pos:\t0\nflags:\t02000002\nprog_type:\t26\nrun_time_ns:\t4711\n\
+                    run_cnt:\t42\nrecursion_misses:\t0\n";
+        assert_eq!(Runs::parse(text), Runs { count: 42, ns: 4_711 });
+        assert_eq!(Runs::parse("prog_type:\t26\n"), Runs::default());
     }
 }

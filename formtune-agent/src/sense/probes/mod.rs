@@ -10,7 +10,7 @@ mod runq;
 mod tap;
 
 pub use block::{BLOCK_RQ_COMPLETE, BlockProbe, BlockSizes};
-pub use cost::{Cost, CostMeter, Runs};
+pub use cost::{Cost, CostMeter};
 pub use floor::Floor;
 pub use retransmit::{RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB};
 pub use runq::{RunqProbe, SCHED_SWITCH, Sizes};
@@ -22,6 +22,7 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use aya::programs::BtfTracePoint;
 use aya::{Ebpf, EbpfLoader};
 use formtune_common::table::TableEntry;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 /// What the running kernel says of itself. Read once for all probes: it is some megabytes.
@@ -87,6 +88,13 @@ fn attach(
     program.load(tracepoint, &kernel.types)?;
     program.attach()?;
     Ok(())
+}
+
+/// Descriptors of the programs of an object that are loaded, to be asked what they cost.
+fn programs(ebpf: &Ebpf) -> Vec<OwnedFd> {
+    let of =
+        |program: &aya::programs::Program| program.fd().ok()?.as_fd().try_clone_to_owned().ok();
+    ebpf.programs().filter_map(|(_, program)| of(program)).collect()
 }
 
 fn take(ebpf: &mut Ebpf, map: &'static str) -> Result<Map, ProbeError> {

@@ -4,6 +4,7 @@ use super::mapped::Mapped;
 use super::{CgroupTable, Kernel, ProbeError, attach, load};
 use aya::{Ebpf, include_bytes_aligned};
 use formtune_common::tcp::HostRow;
+use std::os::fd::OwnedFd;
 
 /// The object that build.rs made of `formtune-ebpf/src/bin/retransmit.rs`.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-retransmit"));
@@ -30,7 +31,7 @@ pub struct RetransmitProbe {
     pub cgroups: CgroupTable,
     rows: Mapped<HostRow>,
     /// Holds programs and links.
-    _ebpf: Ebpf,
+    ebpf: Ebpf,
 }
 
 impl RetransmitProbe {
@@ -58,7 +59,12 @@ impl RetransmitProbe {
         for program in [TCP_RETRANSMIT_SKB, TCP_RETRANSMIT_SYNACK] {
             attach(&mut ebpf, kernel, program, program)?;
         }
-        Ok(Self { cgroups, rows, _ebpf: ebpf })
+        Ok(Self { cgroups, rows, ebpf })
+    }
+
+    /// Its programs, to be asked what they cost.
+    pub fn programs(&self) -> Vec<OwnedFd> {
+        super::programs(&self.ebpf)
     }
 
     /// A row, as it is now.

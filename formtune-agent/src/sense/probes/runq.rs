@@ -1,6 +1,6 @@
 //! The run-queue probe.
 
-use super::{CgroupTable, Kernel, ProbeError, Runs, attach, load, take};
+use super::{CgroupTable, Kernel, ProbeError, attach, load, take};
 use crate::sense::runq::SlotRows;
 use crate::vm::CgroupVersion;
 use aya::maps::{Array, Map, MapData};
@@ -8,7 +8,7 @@ use aya::{Ebpf, include_bytes_aligned};
 use formtune_common::runq::{Control, Row};
 use formtune_common::table::TableEntry;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// The object that build.rs made of `formtune-ebpf/src/bin/runq.rs`.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-runq"));
@@ -124,9 +124,9 @@ impl RunqProbe {
         Ok(self.control.set(0, control, 0).map_err(aya::EbpfError::from)?)
     }
 
-    /// What its program has cost so far.
-    pub fn runs(&self) -> Runs {
-        self.ebpf.program(SCHED_SWITCH).map_or_else(Runs::default, Runs::of)
+    /// Its programs, to be asked what they cost.
+    pub fn programs(&self) -> Vec<OwnedFd> {
+        super::programs(&self.ebpf)
     }
 
     /// Maps the rows of a slot.

@@ -9,6 +9,7 @@ use aya::programs::tc::{
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, include_bytes_aligned};
 use formtune_common::tcp::{TapControl, TapRow};
+use std::os::fd::OwnedFd;
 
 /// The object that build.rs made of `formtune-ebpf/src/bin/tap.rs`.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-tap"));
@@ -154,6 +155,11 @@ impl TapProbe {
     fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, ProbeError> {
         let program = self.ebpf.program_mut(name).ok_or(ProbeError::Object(name))?;
         Ok(program.try_into()?)
+    }
+
+    /// Its programs, to be asked what they cost.
+    pub fn programs(&self) -> Vec<OwnedFd> {
+        super::programs(&self.ebpf)
     }
 
     /// What all CPUs counted at a place since the probe was loaded.

@@ -7,6 +7,7 @@ use super::taps::{Follower, Order};
 use super::unavailable;
 use formtune_common::tcp::{TapControl, TapRow, Way};
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -65,6 +66,8 @@ pub(super) struct Published {
 pub(super) struct Guest {
     published: Arc<Mutex<Published>>,
     orders: Option<Sender<Order>>,
+    /// The probe's, to be asked what they cost.
+    programs: Vec<OwnedFd>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -83,6 +86,7 @@ impl Guest {
         let mut guest = Self {
             published: Arc::new(Mutex::new(published)),
             orders: None,
+            programs: probe.as_ref().map_or_else(Vec::new, |(probe, _)| probe.programs()),
             stop: Arc::new(AtomicBool::new(false)),
             thread: None,
         };
@@ -109,6 +113,11 @@ impl Guest {
                 };
             }
         }
+    }
+
+    /// Takes the probe's programs.
+    pub fn programs(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.programs)
     }
 
     pub fn track(&self, vm: &Path) {

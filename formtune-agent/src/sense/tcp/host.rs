@@ -15,6 +15,7 @@ use crate::vm::CgroupVersion;
 use formtune_common::tcp::{HostRow, NO_VM, host_row};
 use formtune_core::units::Nanos;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// What is missing without it.
@@ -115,6 +116,11 @@ impl Host {
             vms: BTreeMap::new(),
             no_vm: HostRow::default(),
         }
+    }
+
+    /// The probe's programs, to be asked what they cost.
+    pub fn programs(&self) -> Vec<OwnedFd> {
+        self.probe.as_ref().map_or_else(Vec::new, RetransmitProbe::programs)
     }
 
     pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) {

@@ -22,6 +22,7 @@ use formtune_core::units::Nanos;
 use guest::Guest;
 use host::Host;
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 /// What is known of one VM's TCP.
@@ -56,6 +57,13 @@ impl Tcp {
         max_vms: u32,
     ) -> Self {
         Self { host: Host::open(kernel, hierarchies, max_vms), guest: Guest::open(max_vms) }
+    }
+
+    /// Takes the programs of both, to be asked what they cost.
+    pub fn programs(&mut self) -> Vec<OwnedFd> {
+        let mut programs = self.host.programs();
+        programs.extend(self.guest.programs());
+        programs
     }
 
     /// A VM appeared, or its cgroups (in the `cpu` hierarchy) are others now.
