@@ -55,8 +55,13 @@ pub fn run() -> Result<Vec<Figure>> {
     let mut step = progress::Step::start("starting formtune, filling its histograms");
     let agent = Agent::start(&program, folder.path(), &settings, &mut || step.tick())?;
     interrupt::wait(FILL, || step.tick())?;
+    // The first answers of an agent that has just found its VMs may come late.
+    let filled = interrupt::until(Duration::from_secs(30), "histograms of all VMs", || {
+        step.tick();
+        Ok(filled(&agent).ok())
+    })?;
     step.end("done");
-    eprintln!("scrape: {:.0} buckets filled per VM", filled(&agent)?);
+    eprintln!("scrape: {filled:.0} buckets filled per VM");
 
     let mut step = progress::Step::start(format!("bench scrape: {ROUNDS} rounds"));
     let mut forms = [Form::new("text/plain", ";version=0.0.4"), Form::new(PROTOBUF, OPTIONS)];
