@@ -167,3 +167,64 @@ pub fn retrans_segs(snmp: &str) -> Option<u64> {
     let at = names.split_whitespace().position(|name| name == "RetransSegs")?;
     values.split_whitespace().nth(at)?.parse().ok()
 }
+
+/// `BPF_TCX_INGRESS` (include/uapi/linux/bpf.h).
+pub const INGRESS: u32 = 46;
+/// `BPF_TCX_EGRESS`.
+pub const EGRESS: u32 = 47;
+
+/// Names of the programs that are attached to a device by TCX, in their order.
+///
+/// # Errors
+/// Those of `bpf`: `EINVAL` where there is no TCX.
+pub fn tcx_programs(device: &str, hook: u32) -> io::Result<Vec<String>> {
+    /// `BPF_PROG_QUERY` and its part of `union bpf_attr`.
+    #[repr(C)]
+    struct Query {
+        interface: u32,
+        hook: u32,
+        flags: [u32; 2],
+        ids: *mut u32,
+        count: u32,
+        rest: [u32; 9],
+    }
+    let mut ids = [0; 16];
+    let mut query = Query {
+        interface: nix::net::if_::if_nametoindex(device)?,
+        hook,
+        flags: [0; 2],
+        ids: ids.as_mut_ptr(),
+        count: ids.len() as u32,
+        rest: [0; 9],
+    };
+    bpf(16, &mut query)?;
+    ids[..query.count as usize].iter().map(|id| program_name(*id)).collect()
+}
+
+/// Name of a loaded program.
+fn program_name(id: u32) -> io::Result<String> {
+    // BPF_PROG_GET_FD_BY_ID
+    let fd = bpf(13, &mut [id, 0, 0, 0])?;
+    // SAFETY: a new descriptor.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    /// `BPF_OBJ_GET_INFO_BY_FD` and its part of `union bpf_attr`.
+    #[repr(C)]
+    struct Info {
+        fd: i32,
+        length: u32,
+        info: *mut u8,
+    }
+    // `struct bpf_prog_info` up to its name, which lies behind 64 bytes.
+    let mut info = [0_u8; 80];
+    let length = info.len() as u32;
+    bpf(15, &mut Info { fd: fd.as_raw_fd(), length, info: info.as_mut_ptr() })?;
+    let name = info[64..].split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(name).into_owned())
+}
+
+fn bpf<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
+    let (at, size) = (std::ptr::from_mut(attributes), size_of::<T>());
+    // SAFETY: attributes as the command takes them; the kernel checks their size.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, at, size) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(answer as i32) }
+}

@@ -1,16 +1,20 @@
 //! TCP retransmissions on the running kernel: of the host's own TCP against the kernel's
 //! count of its namespace, and of a guest's TCP with frames of known content at a tap device.
 
+use formtune_agent::sense::probes::{Floor, TapMethod};
 use formtune_agent::sense::tcp::{GuestCounts, HostCounts};
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
 use formtune_core::units::{Nanos, VmId};
+use formtune_tests::agent::program;
 use formtune_tests::frames::Wire;
 use formtune_tests::net;
+use formtune_tests::payload::Agent;
 use formtune_tests::twin::Twin;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 struct Sensing {
@@ -201,4 +205,65 @@ fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     let kept = sensing.until(limit, |s| s.guest(&busy.id()), none).unwrap();
     assert_eq!(kept.sent, counts.sent, "what was counted stays");
     assert_eq!(sensing.sense.tcp_health().guest.taps, 0);
+}
+
+/// Programs of the agent on a device, and whether somebody else's is still on it.
+fn on_device(device: &str, method: TapMethod) -> (usize, bool) {
+    match method {
+        TapMethod::Tcx => {
+            let programs = |hook| net::tcx_programs(device, hook).unwrap();
+            let (ingress, egress) = (programs(net::INGRESS), programs(net::EGRESS));
+            let other = ingress.iter().filter(|name| *name == "floor_tap").count();
+            (ingress.len() - other + egress.len(), other == 1)
+        }
+        TapMethod::Clsact => {
+            let filters = |hook| {
+                let show = ["filter", "show", "dev", device, hook];
+                let shown = Command::new("tc").args(show).output().unwrap();
+                String::from_utf8(shown.stdout).unwrap()
+            };
+            let (ingress, egress) = (filters("ingress"), filters("egress"));
+            let ours = [&ingress, &egress].map(|text| text.matches("formtune_tap").count());
+            (ours[0] + ours[1], ingress.contains("floor_tap"))
+        }
+    }
+}
+
+/// However the agent ends, and what was on the device before stays.
+#[test]
+fn programs_leave_the_device_with_the_agent() {
+    const TAP: &str = "ft-tap1";
+    net::own_namespace().unwrap();
+    let vm = VmCgroup::new("ft-tap-agent");
+    let guest = Guest::start(&vm, TAP);
+    let limit = Duration::from_secs(10);
+    let until = |what: &str, is: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !is() {
+            assert!(begun.elapsed() < limit, "{what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    until("no tap device", &|| nix::net::if_::if_nametoindex(TAP).is_ok());
+    let _other = Floor::tap(TAP).unwrap();
+    let method = TapMethod::of_kernel();
+    assert_eq!(on_device(TAP, method), (0, true));
+
+    let folder = tempfile::tempdir().unwrap();
+    let settings = format!("libvirt = \"off\"\ncgroups = [\"{}\"]\n", vm.pattern());
+    let start = || Agent::start(&program(), folder.path(), &settings).unwrap();
+    let mut agent = start();
+    until("it attaches", &|| on_device(TAP, method) == (2, true));
+    agent.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    agent.wait().unwrap();
+    if method == TapMethod::Tcx {
+        until("links end with their process", &|| on_device(TAP, method) == (0, true));
+    }
+
+    let mut agent = start();
+    until("it attaches again, and only once", &|| on_device(TAP, method) == (2, true));
+    agent.signal(nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(agent.wait().unwrap().success());
+    until("they leave when it stops", &|| on_device(TAP, method) == (0, true));
+    guest.end();
 }

@@ -6,6 +6,7 @@ mod reaction;
 mod runq;
 mod scrape;
 mod step;
+mod tap;
 
 use crate::figure::{self, Figure};
 use anyhow::{Context, Result, bail};
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 /// Arguments of `bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Which one: runq, step, reaction, agent, scrape, or all
+    /// Which one: runq, step, reaction, agent, scrape, tap, or all
     name: String,
     /// Write the figures here as a JSON list
     #[arg(long, value_name = "FILE")]
@@ -33,6 +34,7 @@ const BENCHES: &[(&str, Bench)] = &[
     ("reaction", reaction::run),
     ("agent", agent::run),
     ("scrape", scrape::run),
+    ("tap", tap::run),
 ];
 
 /// Runs one or all; exit code 0 when it could be measured, met or not.

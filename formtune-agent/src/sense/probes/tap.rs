@@ -2,12 +2,14 @@
 
 use super::mapped::Mapped;
 use super::{CgroupTable, ProbeError, load, take};
+use crate::sense::table::TableMaps;
 use aya::maps::{Array, MapData};
 use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program,
 };
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, include_bytes_aligned};
+use formtune_common::table::TableEntry;
 use formtune_common::tcp::{TapControl, TapRow};
 use std::os::fd::OwnedFd;
 
@@ -112,6 +114,21 @@ impl TapProbe {
             probe.program(name)?.load()?;
         }
         Ok(probe)
+    }
+
+    /// Loads and attaches to one device only, which has place 0; for benchmarks.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn alone(device: &str, sizes: TapSizes) -> Result<(Self, TapLinks), String> {
+        let method = TapMethod::of_kernel();
+        let mut probe = Self::load(sizes, method, TapControl::default(), 1)
+            .map_err(|error| error.to_string())?;
+        let index = nix::net::if_::if_nametoindex(device).map_err(|error| error.to_string())?;
+        let entry = TableEntry { cgroup_id: index.into(), slot: 0, spilled: 0 };
+        probe.interfaces.set(index & (sizes.table - 1), entry)?;
+        let links = probe.attach(device).map_err(|error| error.to_string())?;
+        Ok((probe, links))
     }
 
     /// How it is attached.

@@ -125,6 +125,8 @@ impl Guest {
     }
 
     pub fn untrack(&self, vm: &Path) {
+        // Another VM may get its path before the thread has obeyed.
+        lock(&self.published).vms.remove(vm);
         self.order(Order::Untrack(vm.into()));
     }
 

@@ -202,7 +202,7 @@ impl Host {
             state: self.state.clone(),
             no_vm: self.no_vm.into(),
             not_measured: vms.clone().filter(|vm| vm.slot.is_none()).count() as u32,
-            cgroups_not_measured: vms.map(|vm| (vm.ids.len() - vm.counted.len()) as u32).sum(),
+            cgroups_not_measured: vms.map(|vm| vm.ids.difference(&vm.counted).count() as u32).sum(),
         }
     }
 

@@ -4,7 +4,7 @@
 //!
 //! A VM's devices are looked for when it appears, some more times at growing intervals, and
 //! when the kernel reports new devices. One that vanishes takes the programs with it; its
-//! place is freed at the next look.
+//! place is freed then.
 
 use super::super::probes::{TapLinks, TapProbe, TapSizes};
 use super::super::table::Table;
@@ -13,7 +13,7 @@ use super::guest::{GuestCounts, Published, lock};
 use super::links::Links;
 use formtune_common::tcp::TapRow;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +28,10 @@ const READ: Duration = Duration::from_millis(500);
 /// A VM's devices are looked for again after this, doubled each time.
 const LOOK_FIRST: Duration = Duration::from_millis(100);
 const LOOK_LAST: Duration = Duration::from_secs(60);
+/// With a new device all VMs' devices are looked for after this, for the one that is to get it
+/// must open it first; and again after that.
+const LOOK_NEWS: Duration = Duration::from_millis(300);
+const LOOK_NEWS_AGAIN: Duration = Duration::from_secs(6);
 /// The longest pause where the kernel's news of devices cannot be had.
 const LOOK_LAST_BLIND: Duration = Duration::from_secs(2);
 
@@ -47,6 +51,8 @@ pub struct Follower {
     /// Places, those that were freed last at the end.
     free: VecDeque<u32>,
     vms: BTreeMap<PathBuf, Vm>,
+    /// All network devices there were at the last news.
+    devices: BTreeSet<u32>,
     read_at: Instant,
     why: Option<String>,
 }
@@ -80,6 +86,7 @@ impl Follower {
             table: Table::new(sizes.table),
             free: (0..sizes.places).collect(),
             vms: BTreeMap::new(),
+            devices: devices(),
             read_at: Instant::now(),
             why: None,
         }
@@ -94,8 +101,7 @@ impl Follower {
                 changed |= self.obey(order);
             }
             if self.links.as_ref().is_some_and(Links::changed) {
-                let now = Instant::now();
-                self.vms.values_mut().for_each(|vm| vm.look_soon(now));
+                self.heed_news();
             }
             changed |= self.look();
             if changed || self.read_at.elapsed() >= READ {
@@ -132,6 +138,22 @@ impl Follower {
                 true
             }
         }
+    }
+
+    /// Something happened to some network device.
+    fn heed_news(&mut self) {
+        let (now, devices) = (Instant::now(), devices());
+        let new = !devices.is_subset(&self.devices);
+        for vm in self.vms.values_mut() {
+            if vm.taps.keys().any(|index| !devices.contains(index)) {
+                vm.look_at = now;
+            }
+            if new && vm.look_next > LOOK_NEWS {
+                vm.look_at = vm.look_at.min(now + LOOK_NEWS);
+                vm.look_next = LOOK_NEWS_AGAIN;
+            }
+        }
+        self.devices = devices;
     }
 
     /// Looks for the devices of the VMs whose turn it is; whether there are others now.
@@ -252,6 +274,12 @@ impl Vm {
         self.look_at = now;
         self.look_next = LOOK_FIRST;
     }
+}
+
+/// Indices of all network devices.
+fn devices() -> BTreeSet<u32> {
+    let listed = nix::net::if_::if_nameindex();
+    listed.iter().flatten().map(|device| device.index()).collect()
 }
 
 impl Tap {
