@@ -150,6 +150,11 @@ impl Member {
         self.0.as_raw().cast_unsigned()
     }
 
+    /// The same, for system calls.
+    pub fn pid(&self) -> Pid {
+        self.0
+    }
+
     /// `run_delay` in nanoseconds and `pcount`, from `/proc/PID/schedstat`
     /// (Documentation/scheduler/sched-stats.rst).
     ///

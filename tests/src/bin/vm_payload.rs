@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         ["spin"] => loop {
             std::hint::spin_loop();
         },
+        ["fill"] => fill(),
         ref words => {
             return match retransmit::role(words) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         let mut sense = open_sense()?;
         retransmit::check(&mut sense, &"idle".into(), &make_group(IDLE)?, now)
     });
+    checks.run("pressure", pressure);
     checks.run("acts", acts);
     let mut agent = None;
     checks.run("closes the loop", || {
@@ -215,6 +217,48 @@ fn attributes(load: &Load) -> Result<String> {
     let idle = after.probe[2].1 - before.probe[2].1;
     ensure!(idle == 0, "the idle VM waited {idle} ns");
     Ok(lines.join("; "))
+}
+
+/// Takes memory, a page at a time, until killed.
+fn fill() -> ! {
+    // Standard input ends when it has been moved to where it belongs.
+    let _ = std::io::stdin().read_line(&mut String::new());
+    let mut pages = Vec::new();
+    loop {
+        pages.push(vec![1u8; 4096]);
+    }
+}
+
+/// The victim stalls for want of CPU; with a process above its `memory.high` it is counted.
+fn pressure() -> Result<String> {
+    let mut sense = open_sense()?;
+    // From the root down to the slice, so that the scope has the files.
+    for group in Path::new(VICTIM).ancestors().skip(3).collect::<Vec<_>>().into_iter().rev() {
+        let control = Path::new(ROOT).join(group).join("cgroup.subtree_control");
+        fs::write(&control, "+memory")
+            .with_context(|| format!("failed to write {}", control.display()))?;
+    }
+    let high = file(VICTIM, "memory.high");
+    fs::write(&high, (8 << 20).to_string())?;
+    let mut filling = Command::new("/proc/self/exe").arg("fill").stdin(Stdio::piped()).spawn()?;
+    let procs = Path::new(ROOT).join(VICTIM).join("cgroup.procs");
+    fs::write(procs, filling.id().to_string())?;
+    drop(filling.stdin.take());
+    let found = eventually(Duration::from_secs(20), "cpu.pressure and memory.events", || {
+        sense.sample(now()?);
+        let files = sense.files(&"web-1".into()).context("web-1 is not there")?;
+        let some = files.pressure.cpu.and_then(|stalls| stalls.some).map(|stall| stall.total_us);
+        let events = files.memory_events;
+        let there = some.is_some_and(|us| us > 0) && events.high.is_some_and(|high| high > 0);
+        Ok(there.then(|| (some, events, sense.pressure().cpu)))
+    });
+    let last = sense.files(&"web-1".into()).copied();
+    filling.kill()?;
+    filling.wait()?;
+    fs::write(&high, "max")?;
+    let (some, events, node) = found.with_context(|| format!("last read {last:?}"))?;
+    let node = node.and_then(|stalls| stalls.some).context("no /proc/pressure/cpu")?;
+    Ok(format!("cpu some {some:?} µs, node {} µs, {events:?}", node.total_us))
 }
 
 fn file(path: &str, name: &str) -> PathBuf {

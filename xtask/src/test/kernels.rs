@@ -131,7 +131,8 @@ fn run_on(kernel: &Kernel, name: &str, programs: &Programs) -> Result<(Checked, 
         kernel,
         initramfs: &file,
         memory: 1024,
-        append: "",
+        // Debian leaves pressure off by default.
+        append: "psi=1",
         devices: &[],
         limit: LIMIT,
     })?;
