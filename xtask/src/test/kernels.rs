@@ -26,7 +26,7 @@ const MARK: &str = "CHECK ";
 const MODULES: &[&str] = &["tun", "sch_ingress", "cls_bpf"];
 
 /// A machine takes 10 to 40 s.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(400);
 
 /// One check, as the payload prints it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
