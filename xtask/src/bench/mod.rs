@@ -1,6 +1,7 @@
 //! `cargo xtask bench NAME --json FILE`: figures, each with a peer or a floor in one run.
 
 mod agent;
+mod collect;
 mod load;
 mod reaction;
 mod runq;
@@ -17,7 +18,7 @@ use std::process::ExitCode;
 /// Arguments of `bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Which one: runq, step, reaction, agent, scrape, tap, or all
+    /// Which one: runq, step, reaction, agent, collect, scrape, tap, or all
     name: String,
     /// Write the figures here as a JSON list
     #[arg(long, value_name = "FILE")]
@@ -33,6 +34,7 @@ const BENCHES: &[(&str, Bench)] = &[
     ("step", step::run),
     ("reaction", reaction::run),
     ("agent", agent::run),
+    ("collect", collect::run),
     ("scrape", scrape::run),
     ("tap", tap::run),
 ];
