@@ -9,6 +9,7 @@
 //! A daemon without D-Bus makes the cgroups itself, in the layout of a host without systemd,
 //! on v1 as on v2; systemd, where it runs, leaves them alone.
 
+use crate::vm_cgroup::remove_with_all_below;
 use anyhow::{Context, Result, bail, ensure};
 use formtune_agent::sense::cgroup::Hierarchies;
 use formtune_agent::vm::CgroupVersion;
@@ -182,7 +183,15 @@ impl Libvirtd {
 
     /// Ends a domain at once.
     pub fn destroy(&self, name: &str) -> Result<()> {
-        self.virsh_ok(&["destroy", name]).map(drop)
+        let cgroup = self.cpu_cgroup(name)?;
+        let output = self.virsh(&["destroy", name])?;
+        // A daemon that was just started, and still takes up its domains, may see the end of
+        // this one before it is done with ending it.
+        let error = String::from_utf8_lossy(&output.stderr);
+        let ended = output.status.success() || error.contains("no domain with matching uuid");
+        ensure!(ended, "virsh destroy {name}: {}", error.trim());
+        remove_machine(&cgroup);
+        Ok(())
     }
 
     /// The cgroup at which a running domain competes for CPU: the one that libvirt named
@@ -222,12 +231,27 @@ fn cache() -> PathBuf {
     }
 }
 
+/// Removes the cgroups of a machine in every hierarchy. libvirt does it, but gives up at the
+/// first that the dying QEMU has not left yet; to every agent on this host what stays is a VM.
+fn remove_machine(cgroup: &Path) {
+    let root = Path::new("/sys/fs/cgroup");
+    let Some(machine) = cgroup.file_name() else { return };
+    let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.chain([root.to_owned()]) {
+        let path = hierarchy.join("machine").join(machine);
+        if path.is_dir() {
+            remove_with_all_below(&path);
+        }
+    }
+}
+
 impl Drop for Libvirtd {
     fn drop(&mut self) {
         // Domains outlive the daemon: end them by the pid files in this daemon's own folder.
         let pids = fs::read_dir(self.dir.join("run/qemu")).into_iter().flatten().flatten();
         for file in pids.filter(|file| file.path().extension().is_some_and(|e| e == "pid")) {
             let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let cgroup = self.cpu_cgroup(&name);
             let destroyed = self.child.is_some()
                 && self.virsh(&["destroy", &name]).is_ok_and(|output| output.status.success());
             if !destroyed
@@ -236,6 +260,9 @@ impl Drop for Libvirtd {
             {
                 let pid = nix::unistd::Pid::from_raw(pid);
                 let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+            if let Ok(cgroup) = cgroup {
+                remove_machine(&cgroup);
             }
         }
         if let Some(mut child) = self.child.take() {

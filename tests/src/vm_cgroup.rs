@@ -33,6 +33,17 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
     LEAVES.map(|leaf| inner.join(leaf)).iter().chain([&inner, &path.into()]).try_for_each(remove)
 }
 
+/// Removes a cgroup with all that are below it, as far as they have no processes.
+pub fn remove_with_all_below(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_with_all_below(&entry.path());
+        }
+    }
+    // Gone already is fine, and one that is in use is found by whoever looks for it.
+    let _ = remove(&path.into());
+}
+
 /// Removes a cgroup; a process that has just ended leaves it a moment later.
 fn remove(path: &PathBuf) -> io::Result<()> {
     for _ in 0..100 {
