@@ -126,7 +126,9 @@ fn read(trace: &str) -> Seen {
     let root = hex("/sys/fs/cgroup");
     for line in trace.lines() {
         let Some((_, call)) = line.split_once(char::is_whitespace) else { continue };
+        // `<... openat resumed>`: what it was asked for was in the line that was broken off.
         let call = call.trim_start();
+        let call = call.strip_prefix("<... ").unwrap_or(call);
         let opens = call.starts_with("open");
         let writes =
             ["O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC"].iter().any(|flag| call.contains(flag));
