@@ -2,7 +2,7 @@
 //! never leaves its bounds, helps its victims, and puts everything back.
 
 use formtune_core::plan::{Action, Plan, Reason};
-use formtune_core::plant::{Run, Scenario, run};
+use formtune_core::plant::{Event, Run, Scenario, run};
 use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId, Weight};
 use std::collections::BTreeMap;
@@ -14,18 +14,18 @@ const SEEDS: std::ops::Range<u64> = 0..200;
 fn random_hosts_settle_help_and_restore() {
     let mut reactions = Vec::new();
     let mut frozen_in = Vec::new();
+    let mut undisturbed = 0;
     for seed in SEEDS {
         let scenario = Scenario::random(seed);
         let closed = run(&scenario, Mode::Enforce);
         let open = run(&scenario, Mode::Observe);
         in_bounds_and_spaced(seed, &scenario, &closed);
+        undisturbed += u32::from(settles(seed, &scenario, &closed));
         let report = &closed.report;
 
-        // A change for a victim and its way back are one change of direction; a victim that
-        // comes later may cause another. What would go on and on is frozen at the third.
-        assert!(report.direction_changes <= 4, "seed {seed} oscillates: {report:?}");
-        let vms = closed.samples[0].vms.len() as u32;
-        assert!(report.unsettled <= 2 * vms, "seed {seed} does not settle: {report:?}");
+        // A change for a victim and its way back are one change of direction, and of 198 of
+        // the 200 hosts it is the only one. What would go on and on is frozen at the third.
+        assert!(report.direction_changes <= 3, "seed {seed} oscillates: {report:?}");
 
         let reaction = report.reaction.unwrap_or(Nanos(u64::MAX));
         let broken = open.report.mean_p99 > Nanos::from_millis(2);
@@ -48,7 +48,42 @@ fn random_hosts_settle_help_and_restore() {
     assert!(reactions.len() > 150, "only {} hosts had anything to help with", reactions.len());
     // Three windows of 250 ms tick after the onset; the rest is for who only starts to be bad.
     assert!(reactions[reactions.len() / 2] <= Nanos::from_secs(1), "{reactions:?}");
-    assert!(frozen_in.len() < 10, "frozen in too many: {frozen_in:?}");
+    // Freezing stops a knob that goes back and forth, so it is the sign of an oscillation that
+    // was about to be. It happens on 2 of the 200 hosts: of two victims, the one that uses more
+    // than it is entitled to is raised, then lowered for the other's sake, and suffers again.
+    // One more may be chance.
+    assert!(frozen_in.len() <= 3, "frozen in too many: {frozen_in:?}");
+    assert!(undisturbed >= 50, "only {undisturbed} hosts were left alone for long enough");
+}
+
+/// Nothing goes back and forth, and where nothing happens any more, nothing is changed any
+/// more. Looks at the last ten seconds of the noise; false where a VM came or went in these or
+/// in the ten before them, so that there was something to answer.
+fn settles(seed: u64, scenario: &Scenario, run: &Run) -> bool {
+    let until = scenario.noisy.1;
+    let from = Nanos(until.0 - Nanos::from_secs(10).0);
+    let start = run.samples[0].at;
+    let mut writes: BTreeMap<&VmId, Vec<bool>> = BTreeMap::new();
+    for plan in &run.plans {
+        if (from..until).contains(&plan.at.since(start)) {
+            for setpoint in &plan.setpoints {
+                writes.entry(&setpoint.vm).or_default().push(setpoint.to > setpoint.from);
+            }
+        }
+    }
+    // A step that does not help is taken back once, and then barred for longer than this.
+    for (vm, ups) in &writes {
+        let turns = ups.windows(2).filter(|pair| pair[0] != pair[1]).count();
+        assert!(turns <= 1, "seed {seed}: {vm} goes back and forth: {ups:?}");
+    }
+    let answering = Nanos(from.0 - Nanos::from_secs(10).0)..until;
+    let disturbed = scenario.events.iter().any(|timed| {
+        matches!(timed.event, Event::Start(..) | Event::Stop(..)) && answering.contains(&timed.at)
+    });
+    // One write is left to whoever comes to be bad only now; two would be a trend.
+    let most = writes.values().map(Vec::len).max().unwrap_or(0);
+    assert!(disturbed || most <= 1, "seed {seed} does not settle: {writes:?}");
+    !disturbed
 }
 
 /// No write outside the class's bounds, except back to the original; none inside a cooldown.

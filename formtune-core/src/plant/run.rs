@@ -39,8 +39,6 @@ pub struct Report {
     pub bad_windows: (u32, u32),
     /// Mean of the victims' p99 over those windows.
     pub mean_p99: Nanos,
-    /// Setpoints in the last ten seconds before the noise ends.
-    pub unsettled: u32,
     /// Knobs that are not back at their original at the end.
     pub left_changed: u32,
 }
@@ -105,9 +103,6 @@ fn report(scenario: &Scenario, start: Nanos, plans: &[Plan]) -> Report {
             report.setpoints += 1;
             if at >= from {
                 report.reaction.get_or_insert(at.since(from));
-            }
-            if at.0 + Nanos::from_secs(10).0 > to.0 && at < to {
-                report.unsettled += 1;
             }
             let up = setpoint.to > setpoint.from;
             let entry = last.entry(&setpoint.vm).or_insert((setpoint.to, None, 0));
