@@ -122,7 +122,8 @@ impl Libvirtd {
         self.child.as_ref().map(Child::id)
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
         self.dir.join("run/libvirt-sock")
     }
 

@@ -3,11 +3,10 @@
 //! original. Needs root and strace.
 
 use formtune_agent::act::{Act, restore};
+use formtune_tests::injected::{met, order_of_writes, traced};
 use formtune_tests::knob::KnobCgroup;
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -49,8 +48,9 @@ impl Node {
         own.into_iter().chain([state.clone()]).chain(knobs).collect()
     }
 
-    fn agent(&self, what: &str, mut command: Command) -> Command {
-        command.arg(AGENT).arg(what).arg(self.state());
+    fn agent(&self, what: &str) -> Command {
+        let mut command = Command::new(AGENT);
+        command.arg(what).arg(self.state());
         command.args(self.knobs.iter().map(KnobCgroup::path)).stdin(Stdio::null());
         command
     }
@@ -59,20 +59,7 @@ impl Node {
     /// and returns the log.
     fn traced(&self, what: &str, calls: &str, inject: Option<&str>) -> String {
         let log = self.state.path().join("strace.log");
-        let mut strace = Command::new("strace");
-        strace.args(["-f", "-y", "-s", "100000", "-o"]).arg(&log);
-        for path in self.paths() {
-            strace.arg("-P").arg(path);
-        }
-        // The order of these must be seen in every run.
-        strace.arg(format!("--trace={calls},write,fsync,fdatasync,rename"));
-        if let Some(inject) = inject {
-            strace.arg(format!("--inject={inject}"));
-        }
-        let output = self.agent(what, strace).output().expect("strace must be installed");
-        let killed = output.status.signal() == Some(9);
-        assert!(killed || output.status.code().is_some(), "{output:?}");
-        fs::read_to_string(log).unwrap()
+        traced(&self.agent(what), &log, &self.paths(), calls, inject)
     }
 
     /// The next start: everything must be back, nothing damaged, and enforcing possible.
@@ -115,7 +102,7 @@ fn sweep(name: &str, what: &str, prepare: impl Fn(&Node)) -> u32 {
                 let log = node.traced(what, call, Some(&format!("{call}:{fault}:when={n}")));
                 order_of_writes(&log, &before).unwrap_or_else(|wrong| panic!("{point}: {wrong}"));
                 node.next_start_restores(&point);
-                if !log.contains("(INJECTED)") && !log.contains("+++ killed by SIGKILL +++") {
+                if !met(&log) {
                     break;
                 }
                 points += 1;
@@ -133,72 +120,30 @@ fn sweep(name: &str, what: &str, prepare: impl Fn(&Node)) -> u32 {
     points
 }
 
-/// Checks a log: no knob is written but with what the durable journal allows, and nothing
-/// is done to a journal whose fsync failed.
-fn order_of_writes(log: &str, journal_before: &str) -> Result<(), String> {
-    let mut durable = journal_before.to_owned();
-    let mut pending: BTreeMap<String, String> = BTreeMap::new();
-    let mut failed: Option<String> = None;
-    for line in log.lines() {
-        // `PID call(fd<path>, …) = result`
-        let Some((_, call)) = line.split_once(' ') else { continue };
-        let call = call.trim_start();
-        let path = call.split_once('<').and_then(|(_, rest)| rest.split_once('>')).map(|s| s.0);
-        let Some(path) = path else { continue };
-        let done = !call.contains(" = -1 ") && !call.contains(" = ?");
-        let file = path.rsplit('/').next().unwrap_or_default();
-        if let Some(failed) = &failed {
-            let touched = call.starts_with("write(") || call.starts_with("f");
-            if touched && path == failed {
-                return Err(format!("after its failed fsync: {line}"));
-            }
-        }
-        if call.starts_with("write(") && file.starts_with("journal") {
-            let (_, text) = call.split_once('"').unwrap_or_default();
-            let (text, _) = text.rsplit_once('"').unwrap_or_default();
-            let text = text.replace("\\\"", "\"").replace("\\n", "\n");
-            *pending.entry(path.to_owned()).or_default() += &text;
-        } else if call.starts_with("fsync(") || call.starts_with("fdatasync(") {
-            if !done && file.starts_with("journal") && !call.contains(" = ?") {
-                failed = Some(path.to_owned());
-            } else if done {
-                durable += &pending.remove(path).unwrap_or_default();
-            }
-        } else if call.starts_with("write(") && ["cpu.shares", "cpu.weight"].contains(&file) {
-            let vm = path.rsplit('/').nth(1).unwrap_or_default();
-            let value = call.split('"').nth(1).unwrap_or_default();
-            let allowed = durable.lines().any(|line| {
-                line.contains(&format!("\"vm\":\"{vm}\""))
-                    && [format!("\"to\":{value},"), format!("\"original\":{value},")]
-                        .iter()
-                        .any(|field| line.contains(field))
-            });
-            if !allowed {
-                return Err(format!("{vm} is set to {value} before its journal entry: {log}"));
-            }
-        }
-    }
-    Ok(())
-}
-
 #[test]
 fn no_fault_while_acting_leaves_a_knob_changed() {
     assert!(sweep("once", "once", |_| {}) > 100);
 }
 
+/// What an agent leaves that was killed at work.
+fn leave_changed(node: &Node) {
+    let mut killed = start(node, "loop");
+    for_line(&mut killed);
+    while node.raw() == ORIGINALS {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+}
+
 #[test]
 fn no_fault_while_recovering_leaves_a_knob_changed() {
-    // What an agent leaves that was killed at work.
-    let leave_changed = |node: &Node| {
-        let mut killed = start(node, "loop");
-        for_line(&mut killed);
-        while node.raw() == ORIGINALS {
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        killed.kill().unwrap();
-        killed.wait().unwrap();
-    };
     assert!(sweep("recover", "recover", leave_changed) > 20);
+}
+
+#[test]
+fn no_fault_while_restoring_without_an_agent_leaves_a_knob_changed() {
+    assert!(sweep("restore", "restore", leave_changed) > 20);
 }
 
 #[test]
@@ -232,8 +177,7 @@ fn a_failed_fsync_is_final() {
 }
 
 fn start(node: &Node, what: &str) -> Child {
-    // `env` is replaced by the agent: the child's id is the agent's.
-    let mut command = node.agent(what, Command::new("env"));
+    let mut command = node.agent(what);
     command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
 }
 

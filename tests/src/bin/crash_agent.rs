@@ -1,11 +1,15 @@
 //! The smallest agent that writes: what the crash tests kill and starve.
 //!
-//! `crash_agent once|recover|loop STATE_DIR CGROUP…`: `recover` opens the state folder;
-//! `once` then carries out a few plans and restores; `loop` carries out plans until it is
-//! killed. Prints one line when open and, after `once`, whether it still may enforce.
-//! Errors on the way are what the tests provoke, so only `open`'s ends it (exit code 2).
+//! `crash_agent once|recover|loop|restore STATE_DIR [--libvirt URI DOMAIN] CGROUP…`:
+//! `restore` does what `formtune restore` does. The others open the state folder, which is
+//! all of `recover`; `once` then carries out a few plans and restores; `loop` carries out
+//! plans until it is killed. With `--libvirt` the (one) cgroup is the domain's, and libvirt
+//! is asked to write. Prints one line when open and, after `once`, whether it still may
+//! enforce. Errors on the way are what the tests provoke, so only those of the beginning end
+//! it (exit code 2).
 
-use formtune_agent::act::Act;
+use formtune_agent::act::{Act, restore};
+use formtune_agent::hypervisor::Hypervisor;
 use formtune_agent::vm::{CgroupVersion, Owner, Vm};
 use formtune_core::plan::{Knob, Reason, Setpoint};
 use formtune_core::policy::Mode;
@@ -17,13 +21,17 @@ use std::process::ExitCode;
 /// Weights per plan; the last goes back to the default.
 const PLANS: [u32; 4] = [200, 50, 400, 100];
 
-fn vm(cgroup: &Path) -> std::io::Result<Vm> {
+fn vm(cgroup: &Path, domain: Option<&str>) -> std::io::Result<Vm> {
     let v1 = cgroup.join("cpu.shares").exists();
+    let name = cgroup.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(Vm {
-        id: VmId(cgroup.file_name().unwrap_or_default().to_string_lossy().into_owned()),
+        id: VmId(domain.map_or(name, str::to_owned)),
         uuid: None,
         vcpus: 1,
-        owner: Owner::Cgroup,
+        owner: match domain {
+            Some(domain) => Owner::Libvirt { domain: domain.to_owned() },
+            None => Owner::Cgroup,
+        },
         cgroup: cgroup.to_owned(),
         cgroup_id: std::fs::metadata(cgroup)?.ino(),
         cgroup_version: if v1 { CgroupVersion::V1 } else { CgroupVersion::V2 },
@@ -46,15 +54,49 @@ fn carry_out(act: &mut Act, vms: &[Vm], to: u32, plan_seq: u64) {
     }
 }
 
+/// What the command line says.
+struct Args {
+    what: String,
+    state: PathBuf,
+    /// URI and domain.
+    libvirt: Option<(String, String)>,
+    cgroups: Vec<PathBuf>,
+}
+
+impl Args {
+    fn read() -> Option<Self> {
+        let mut args = std::env::args().skip(1).peekable();
+        let (what, state) = (args.next()?, args.next()?.into());
+        let libvirt = match args.next_if(|arg| arg == "--libvirt") {
+            Some(_) => Some((args.next()?, args.next()?)),
+            None => None,
+        };
+        Some(Self { what, state, libvirt, cgroups: args.map(PathBuf::from).collect() })
+    }
+}
+
 fn main() -> ExitCode {
-    let mut args = std::env::args_os().skip(1);
-    let (Some(what), Some(state)) = (args.next(), args.next()) else {
-        eprintln!("usage: crash_agent once|recover|loop STATE_DIR CGROUP...");
+    let Some(Args { what, state, libvirt, cgroups }) = Args::read() else {
+        eprintln!(
+            "usage: crash_agent once|recover|loop|restore STATE_DIR [--libvirt URI DOMAIN] CGROUP..."
+        );
         return ExitCode::from(2);
     };
-    let vms: Result<Vec<Vm>, _> = args.map(|path| vm(&PathBuf::from(path))).collect();
+    let connect = || Hypervisor::connect(&libvirt.as_ref()?.0).ok();
+    if what == "restore" {
+        return match restore(&state, connect) {
+            Ok(report) if report.restored.is_complete() => ExitCode::SUCCESS,
+            Ok(_) => ExitCode::from(1),
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::from(2)
+            }
+        };
+    }
+    let domain = libvirt.as_ref().map(|(_, domain)| domain.as_str());
+    let vms: Result<Vec<Vm>, _> = cgroups.iter().map(|cgroup| vm(cgroup, domain)).collect();
     let Ok(vms) = vms else { return ExitCode::from(2) };
-    let mut act = match Act::open(Path::new(&state), None) {
+    let mut act = match Act::open(&state, connect()) {
         Ok((act, _)) => act,
         Err(error) => {
             eprintln!("{error}");
@@ -62,9 +104,9 @@ fn main() -> ExitCode {
         }
     };
     println!("open");
-    match what.to_str() {
-        Some("recover") => {}
-        Some("once") => {
+    match what.as_str() {
+        "recover" => {}
+        "once" => {
             for (plan_seq, to) in (1..).zip(PLANS) {
                 carry_out(&mut act, &vms, to, plan_seq);
                 if plan_seq == 2 {
@@ -74,7 +116,7 @@ fn main() -> ExitCode {
             act.restore_all();
             println!("enforce_allowed={}", act.enforce_allowed());
         }
-        Some("loop") => {
+        "loop" => {
             for (plan_seq, to) in (1..).zip(PLANS.into_iter().cycle()) {
                 carry_out(&mut act, &vms, to, plan_seq);
                 // Both ends of a knob's life are to be hit too.
