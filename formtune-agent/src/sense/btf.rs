@@ -13,6 +13,7 @@ pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 const MAGIC: u16 = 0xeb9f;
 const KIND_INT: u32 = 1;
+const KIND_PTR: u32 = 2;
 const KIND_ARRAY: u32 = 3;
 const KIND_STRUCT: u32 = 4;
 const KIND_UNION: u32 = 5;
@@ -168,6 +169,7 @@ impl Btf {
         });
         let at = typedef.and_then(|at| self.resolve(self.u32(at + 8)?));
         // A pointer to the function's type.
+        let at = at.filter(|at| of_type(*at).is_some_and(|(kind, _)| kind == KIND_PTR));
         let at = at.and_then(|at| self.resolve(self.u32(at + 8)?)).ok_or_else(missing)?;
         match of_type(at) {
             Some((KIND_FUNC_PROTO, arguments)) => arguments.checked_sub(1).ok_or_else(missing),
@@ -259,7 +261,8 @@ mod tests {
     use proptest::prelude::*;
 
     /// `struct outer { int a; struct { union { int b; int c; }; const struct inner d; }; }`,
-    /// `struct inner { int x; int y; }`, `enum { cpu_cgrp_id = 3 }`.
+    /// `struct inner { int x; int y; }`, `enum { cpu_cgrp_id = 3 }`,
+    /// `typedef void (*btf_trace_event)(void *, struct inner *, int)` or the like.
     fn sample() -> Vec<u8> {
         let mut strings = vec![0u8];
         let mut string = |name: &str| {
@@ -276,7 +279,11 @@ mod tests {
         types.extend([0, KIND_UNION << 24 | 2, 4, b, 1, 0, c, 1, 0]); // 4
         types.extend([0, KIND_STRUCT << 24 | 2, 12, 0, 4, 0, string("d"), 3, 32]); // 5
         types.extend([string("outer"), KIND_STRUCT << 24 | 2, 16, string("a"), 1, 0, 0, 5, 32]);
-        types.extend([0, KIND_ENUM << 24 | 1, 4, string("cpu_cgrp_id"), 3]);
+        types.extend([0, KIND_ENUM << 24 | 1, 4, string("cpu_cgrp_id"), 3]); // 7
+        types.extend([0, KIND_FUNC_PROTO << 24 | 3, 0, 0, 9, 0, 2, 0, 1]); // 8
+        types.extend([0, KIND_PTR << 24, 8]); // 9
+        types.extend([string("btf_trace_event"), KIND_TYPEDEF << 24, 9]); // 10
+        types.extend([string("btf_trace_odd"), KIND_TYPEDEF << 24, 2]); // 11
         let types: Vec<u8> = types.iter().flat_map(|v| v.to_le_bytes()).collect();
         let mut data = vec![0x9f, 0xeb, 1, 0];
         for v in [24, 0, types.len(), types.len(), strings.len()] {
@@ -295,6 +302,16 @@ mod tests {
         assert_eq!(btf.offset("outer", "d").unwrap(), 8);
         assert_eq!(btf.offset("outer", "d.y").unwrap(), 12);
         assert_eq!(btf.cgroup_subsys_id("cpu_cgrp_id").unwrap(), 3);
+    }
+
+    #[test]
+    fn enumerators_and_arguments_are_found_by_name() {
+        let btf = Btf::parse(sample()).unwrap();
+        assert_eq!(btf.enumerator("cpu_cgrp_id"), Some(3));
+        assert_eq!(btf.enumerator("__RQF_FLUSH_SEQ"), None);
+        assert_eq!(btf.tracepoint_arguments("event").ok(), Some(2));
+        assert_eq!(btf.tracepoint_arguments("odd").ok(), None);
+        assert_eq!(btf.tracepoint_arguments("other").ok(), None);
     }
 
     #[test]
@@ -327,6 +344,8 @@ mod tests {
             if let Ok(btf) = Btf::parse(data) {
                 let _ = btf.offset("outer", "d.y");
                 let _ = btf.cgroup_subsys_id("cpu_cgrp_id");
+                let _ = btf.enumerator("cpu_cgrp_id");
+                let _ = btf.tracepoint_arguments("event");
             }
         }
     }

@@ -113,6 +113,15 @@ static CGROUP_KN: Constant = Constant::new();
 #[unsafe(no_mangle)]
 static KN_ID: Constant = Constant::new();
 
+/// Adds one to a counter of this CPU; most requests need none.
+macro_rules! count {
+    ($counter:ident) => {
+        if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+            add_u64(&raw mut (*counters).$counter, 1);
+        }
+    };
+}
+
 /// Operation in a request's `cmd_flags` (`REQ_OP_MASK`, include/linux/blk_types.h).
 const OP_MASK: u32 = 0xff;
 const REQ_OP_READ: u32 = 0;
@@ -131,10 +140,8 @@ pub fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
 /// `block_rq_requeue([struct request_queue *q,] struct request *rq)`.
 #[btf_tracepoint(function = "block_rq_requeue")]
 pub fn block_rq_requeue(_ctx: BtfTracePointContext) -> i32 {
-    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-        // SAFETY: a map value of this CPU.
-        unsafe { add_u64(&raw mut (*counters).requeued, 1) };
-    }
+    // SAFETY: see `count`.
+    unsafe { count!(requeued) };
     0
 }
 
@@ -171,13 +178,12 @@ pub fn block_rq_issue_of(ctx: BtfTracePointContext) -> i32 {
 fn completed(ctx: &BtfTracePointContext) -> Option<()> {
     let request: *const u8 = ctx.arg(0);
     let bytes: u32 = ctx.arg(2);
-    let counters = COUNTERS.get_ptr_mut(0)?;
     // SAFETY: `request` is one, and the others are reached from it, each checked (see
-    // `field`); `counters` is this CPU's, and a row takes atomic additions.
+    // `field`); a row takes atomic additions.
     unsafe {
         let length: u32 = field(request, &RQ_DATA_LEN);
         if bytes < length {
-            add_u64(&raw mut (*counters).partial, 1);
+            count!(partial);
             return None;
         }
         // A step of a flush sequence (block/blk-flush.c): the block layer's own flush, or the
@@ -190,7 +196,7 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
         let command: u32 = field(request, &RQ_CMD_FLAGS);
         let command = command & OP_MASK;
         if command >= REQ_OP_PASSTHROUGH {
-            add_u64(&raw mut (*counters).passthrough, 1);
+            count!(passthrough);
             return None;
         }
         let bio: *const u8 = field(request, &RQ_BIO);
@@ -216,42 +222,46 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
         if queued == 0 || issued == 0 {
             noted(request, &mut queued, &mut issued);
             if queued == 0 {
-                add_u64(&raw mut (*counters).no_queued, 1);
+                count!(no_queued);
             }
             if issued == 0 && op != FLUSH {
-                add_u64(&raw mut (*counters).no_issued, 1);
+                count!(no_issued);
             }
         }
         let now = bpf_ktime_get_ns();
         if queued > now || issued > now {
-            add_u64(&raw mut (*counters).discarded, 1);
+            count!(discarded);
             return None;
         }
-        let who = whose(bio, counters);
+        let who = whose(bio);
         let Some(device) = disk(request) else {
-            add_u64(&raw mut (*counters).no_bio, 1);
+            count!(no_bio);
             return None;
         };
         let key = Key { who, device, op };
         let number = match ROW_OF.get_ptr(&key) {
             Some(number) => *number,
-            None => match take(&key, counters) {
+            None => match take(&key) {
                 Some(number) => number,
                 None => {
-                    add_u64(&raw mut (*counters).full, 1);
+                    count!(full);
                     return None;
                 }
             },
         };
         let row = ROWS.get_ptr_mut(number)?;
+        let mut at = None;
         if queued != 0 {
-            let at = bucket(now - queued)?;
-            add_shared_u32((&raw mut (*row).total).cast::<u32>().add(at), 1);
+            at = bucket(now - queued);
+            add_shared_u32((&raw mut (*row).total).cast::<u32>().add(at?), 1);
             add_shared_u64(&raw mut (*row).total_ns, now - queued);
         }
         if issued != 0 {
-            let at = bucket(now - issued)?;
-            add_shared_u32((&raw mut (*row).device).cast::<u32>().add(at), 1);
+            // Often the same: the kernel reads the clock once for what is submitted together.
+            if issued != queued {
+                at = bucket(now - issued);
+            }
+            add_shared_u32((&raw mut (*row).device).cast::<u32>().add(at?), 1);
             add_shared_u64(&raw mut (*row).device_ns, now - issued);
         }
         add_shared_u32(&raw mut (*row).count, 1);
@@ -274,18 +284,18 @@ unsafe fn queued_at(request: *const u8, flags: u32) -> u64 {
 
 /// The VM whose block cgroup is to pay for a bio; [`HOST`] if there is none.
 #[inline(always)]
-unsafe fn whose(bio: *const u8, counters: *mut Counters) -> u32 {
+unsafe fn whose(bio: *const u8) -> u32 {
     // SAFETY: as demanded of the caller; every pointer may be null and is checked.
     unsafe {
         if bio.is_null() {
-            add_u64(&raw mut (*counters).no_bio, 1);
+            count!(no_bio);
             return HOST;
         }
         if !field::<*const u8>(bio, &BIO_NEXT).is_null() {
-            add_u64(&raw mut (*counters).merged, 1);
+            count!(merged);
         }
         let Some(id) = cgroup_id(bio) else {
-            add_u64(&raw mut (*counters).no_cgroup, 1);
+            count!(no_cgroup);
             return HOST;
         };
         slot(&TABLE, TABLE_MASK.get(), &SPILL, id).unwrap_or(HOST)
@@ -328,7 +338,7 @@ unsafe fn disk(request: *const u8) -> Option<u32> {
 
 /// Takes a free row for a key that has none; `None` if there is none.
 #[inline(always)]
-unsafe fn take(key: &Key, counters: *mut Counters) -> Option<u32> {
+unsafe fn take(key: &Key) -> Option<u32> {
     let number = FREE.pop().ok()??;
     if ROW_OF.insert(key, number, BPF_NOEXIST.into()).is_err() {
         // Another CPU was faster. The queue has room: the row came out of it.
@@ -340,7 +350,7 @@ unsafe fn take(key: &Key, counters: *mut Counters) -> Option<u32> {
     // SAFETY: a map value; only who put the key in writes it.
     unsafe {
         (*row).key = *key;
-        add_u64(&raw mut (*counters).taken, 1);
+        count!(taken);
     }
     Some(number)
 }
@@ -370,7 +380,7 @@ fn note(request: *const u8, issue: bool) -> Option<()> {
             start.queued = (*before).queued;
         }
         if STARTS.insert(&address, &start, BPF_ANY.into()).is_err() {
-            add_u64(&raw mut (*COUNTERS.get_ptr_mut(0)?).not_noted, 1);
+            count!(not_noted);
         }
     }
     Some(())

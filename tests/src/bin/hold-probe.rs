@@ -1,16 +1,23 @@
-//! Holds one kind of probe attached until its standard input ends; for `bench runq`.
+//! Holds one kind of probe attached until its standard input ends; for `bench runq` and `bench
+//! block`.
 //!
-//! `hold-probe floor`: the empty program. `hold-probe runq PATTERN`: the run-queue probe, with
-//! the VMs that the cgroup pattern names. `hold-probe collect PATTERN`: all sensors; for each
-//! line that it is sent it reads everything once, and prints the CPU time of that in nanoseconds
-//! and how many VMs had waits. Prints `ready` once it is attached.
+//! `hold-probe floor`, `hold-probe floor-block`: the empty program on either tracepoint.
+//! `hold-probe runq PATTERN`: all probes, with the VMs that the cgroup pattern names.
+//! `hold-probe block CGROUP`: the block I/O probe alone, with the VM that this cgroup of the
+//! `cpu` hierarchy is. `hold-probe collect PATTERN`: all sensors; for each line that it is sent
+//! it reads everything once, and prints the CPU time of that in nanoseconds and how many VMs had
+//! waits. Prints `ready` once it is attached, and what it counted at the end.
 
 use anyhow::{Context, Result, bail};
+use formtune_agent::sense::block::Block;
+use formtune_agent::sense::cgroup::{self, Hierarchies};
 use formtune_agent::sense::probes::{Floor, Kernel};
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig, VmReading};
 use formtune_core::units::Nanos;
 use nix::time::{ClockId, clock_gettime};
+use std::collections::BTreeSet;
 use std::io::Read;
+use std::path::Path;
 use std::time::Instant;
 
 fn main() -> Result<()> {
@@ -19,7 +26,11 @@ fn main() -> Result<()> {
     match args[..] {
         ["floor"] => {
             let _floor = Floor::switch(&Kernel::open()?)?;
-            hold(None)
+            hold(|| 0)
+        }
+        ["floor-block"] => {
+            let _floor = Floor::block(&Kernel::open()?)?;
+            hold(|| 0)
         }
         ["runq", pattern] => {
             let patterns = vec![pattern.parse().context("bad pattern")?];
@@ -31,10 +42,33 @@ fn main() -> Result<()> {
             if reading.vms.is_empty() {
                 bail!("no VM under {pattern}");
             }
-            hold(Some(sense))
+            hold(|| {
+                sense.sample(Nanos::from_secs(1));
+                sense.health().counted
+            })
         }
         ["collect", pattern] => collect(pattern),
-        _ => bail!("usage: hold-probe floor | runq PATTERN | collect PATTERN"),
+        ["block", vm] => {
+            let vm = Path::new(vm);
+            let hierarchies = Hierarchies::find(Path::new("/sys/fs/cgroup"))?;
+            let mut block = Block::open(Kernel::open().as_ref(), &hierarchies, 64);
+            if let ProbeState::Unavailable { why, .. } = &block.health().probe {
+                bail!("the probe is not loaded: {why}");
+            }
+            block.track(vm, &BTreeSet::from([cgroup::id(vm)?]), Nanos(0));
+            block.read(Nanos(0));
+            if block.totals(vm).is_none() {
+                bail!("block I/O of {} is charged to no cgroup of its own", vm.display());
+            }
+            hold(|| {
+                block.read(Nanos::from_millis(500));
+                let all = block.totals(vm).unwrap_or_default();
+                all.values().map(|totals| totals.requests).sum()
+            })
+        }
+        _ => bail!(
+            "usage: hold-probe floor | floor-block | runq PATTERN | block CGROUP | collect PATTERN"
+        ),
     }
 }
 
@@ -61,13 +95,10 @@ fn cpu_ns() -> Result<u64> {
     Ok(time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
-fn hold(sense: Option<Sense>) -> Result<()> {
+/// `counted`: so that the benchmark can tell that it measured what it meant to.
+fn hold(counted: impl FnOnce() -> u64) -> Result<()> {
     println!("ready");
     std::io::stdin().read_to_end(&mut Vec::new())?;
-    if let Some(mut sense) = sense {
-        // So that the benchmark can tell that it measured what it meant to.
-        sense.sample(Nanos::from_secs(1));
-        println!("counted {}", sense.health().counted);
-    }
+    println!("counted {}", counted());
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask bench NAME --json FILE`: figures, each with a peer or a floor in one run.
 
 mod agent;
+mod block;
 mod collect;
 mod load;
 mod reaction;
@@ -18,7 +19,7 @@ use std::process::ExitCode;
 /// Arguments of `bench`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Which one: runq, step, reaction, agent, collect, scrape, tap, or all
+    /// Which one: runq, block, tap, step, reaction, agent, collect, scrape, or all
     name: String,
     /// Write the figures here as a JSON list
     #[arg(long, value_name = "FILE")]
@@ -31,6 +32,7 @@ type Bench = fn() -> Result<Vec<Figure>>;
 /// A benchmark's name and what it measures. New benchmarks go here.
 const BENCHES: &[(&str, Bench)] = &[
     ("runq", runq::run),
+    ("block", block::run),
     ("step", step::run),
     ("reaction", reaction::run),
     ("agent", agent::run),

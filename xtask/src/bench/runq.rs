@@ -97,10 +97,10 @@ pub fn run() -> Result<Vec<Figure>> {
 }
 
 /// The holder of our probes, optimised as the agent is when released.
-fn build() -> Result<PathBuf> {
+pub(super) fn build() -> Result<PathBuf> {
     progress::run(
         "building the probes",
-        "bench-runq-build",
+        "bench-build",
         Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .current_dir(sh::root())
             .args(["build", "--locked", "--release", "--package", "formtune-tests"])
@@ -155,14 +155,14 @@ fn check(kind: Kind, said: &str) -> Result<()> {
 }
 
 /// A program that holds a probe attached.
-struct Held {
+pub(super) struct Held {
     child: Child,
     output: BufReader<std::process::ChildStdout>,
 }
 
 impl Held {
     /// Starts it and waits for its first line, which it prints once attached.
-    fn start(command: &mut Command) -> Result<Self> {
+    pub(super) fn start(command: &mut Command) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -179,7 +179,7 @@ impl Held {
     }
 
     /// Stops it; returns what else it said.
-    fn stop(mut self, by_signal: bool) -> Result<String> {
+    pub(super) fn stop(mut self, by_signal: bool) -> Result<String> {
         drop(self.child.stdin.take());
         if by_signal {
             let pid = Pid::from_raw(self.child.id() as i32);

@@ -135,7 +135,7 @@ const NEEDS: &[Need] = &[
     Need { what: "debootstrap", package: "debootstrap", purposes: &[E2e], found: Found::Program("debootstrap") },
     Need { what: "mke2fs", package: "e2fsprogs", purposes: &[E2e], found: Found::Program("mke2fs") },
     Need { what: "perf", package: "linux-perf", purposes: &[Bench], found: Found::Program("perf") },
-    Need { what: "fio", package: "fio", purposes: &[Bench], found: Found::Program("fio") },
+    Need { what: "fio", package: "fio", purposes: &[Native, Bench], found: Found::Program("fio") },
     Need { what: "runqlat of libbpf-tools", package: "libbpf-tools", purposes: &[Bench], found: Found::Program("runqlat") },
 ];
 

@@ -24,6 +24,9 @@ const MARK: &str = "CHECK ";
 
 /// Tap devices, and tc programs where there is no TCX.
 const MODULES: &[&str] = &["tun", "sch_ingress", "cls_bpf"];
+/// The disk of every machine: so slow that what its requests take is its own time.
+const DISK: &str = "format=raw,if=virtio,throttling.iops-total=400";
+const DISK_BYTES: u64 = 16 << 20;
 
 /// A machine takes 10 to 40 s.
 const LIMIT: Duration = Duration::from_secs(400);
@@ -122,10 +125,13 @@ fn run_on(kernel: &Kernel, name: &str, programs: &Programs) -> Result<(Checked, 
     let file = folder.path().join("initramfs");
     let mut initramfs = Initramfs::new(kernel, INIT_PAYLOAD)?;
     initramfs
+        .modules(&["virtio_pci", "virtio_blk"])
         .copy("payload/run", &programs.payload)?
         .copy("payload/formtune", &programs.formtune)?
         .modules(MODULES);
     initramfs.write(&file)?;
+    let disk = folder.path().join("disk");
+    fs::File::create(&disk)?.set_len(DISK_BYTES)?;
     let ended = run_machine(&Machine {
         name: &format!("kernel-{name}"),
         kernel,
@@ -133,7 +139,7 @@ fn run_on(kernel: &Kernel, name: &str, programs: &Programs) -> Result<(Checked, 
         memory: 1024,
         // Debian leaves pressure off by default.
         append: "psi=1",
-        devices: &[],
+        devices: &["-drive".to_owned(), format!("file={},{DISK}", disk.display())],
         limit: LIMIT,
     })?;
     let checks =

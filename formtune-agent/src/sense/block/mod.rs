@@ -163,7 +163,7 @@ impl Block {
     }
 
     /// A VM that appeared, or whose cgroups are others now.
-    pub(super) fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) {
+    pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) {
         if let Some(vm) = self.vms.get_mut(path) {
             vm.known.clone_from(ids);
             vm.looked_at = None;
@@ -183,7 +183,7 @@ impl Block {
     }
 
     /// Takes a VM's cgroups out of the table; its rows rest.
-    pub(super) fn untrack(&mut self, path: &Path, now: Nanos) {
+    pub fn untrack(&mut self, path: &Path, now: Nanos) {
         let Some(vm) = self.vms.remove(path) else { return };
         self.paths.remove(&vm.number);
         for id in vm.counted {
@@ -193,7 +193,7 @@ impl Block {
     }
 
     /// Looks for cgroups that may have come, then reads all counters.
-    pub(super) fn read(&mut self, now: Nanos) {
+    pub fn read(&mut self, now: Nanos) {
         if self.probe.is_none() {
             return;
         }
@@ -416,11 +416,11 @@ fn coalesce(counts: &mut Vec<(u16, u32)>) {
 
 fn sizes(max_vms: u32) -> BlockSizes {
     let most = (ROWS_MAX_BYTES / size_of::<Row>() as u64) as u32;
-    let cgroups = max_vms.max(1).saturating_mul(CGROUPS_PER_VM);
+    let cgroups = max_vms.max(1).saturating_mul(CGROUPS_PER_VM).clamp(1 << 12, 1 << 16);
     BlockSizes {
         rows: max_vms.saturating_mul(ROWS_PER_VM).saturating_add(ROWS_OF_HOST).min(most),
-        table: cgroups.clamp(1 << 12, 1 << 16).next_power_of_two(),
-        spill: cgroups.clamp(1 << 12, 1 << 16),
+        table: cgroups.next_power_of_two(),
+        spill: cgroups,
     }
 }
 
