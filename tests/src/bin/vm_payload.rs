@@ -63,7 +63,6 @@ fn main() -> ExitCode {
                 }
             };
         }
-        _ => {}
     }
     let mut checks = Checks::default();
     let load = Load::start();
