@@ -16,7 +16,7 @@ use formtune_tests::relay::{Fate, Relay};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
@@ -39,8 +39,7 @@ struct Node {
 impl Node {
     fn new(name: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("ft-").tempdir().unwrap();
-        let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libvirt-cache-crash");
-        let libvirtd = Libvirtd::start(dir.path(), &cache).unwrap();
+        let libvirtd = Libvirtd::start(dir.path()).unwrap();
         let domain = format!("ft-crash-{name}-{}", std::process::id());
         libvirtd.start_spinning(&domain).unwrap();
         let cgroup = libvirtd.cpu_cgroup(&domain).unwrap();
