@@ -242,7 +242,6 @@ fn fill() -> ! {
 
 /// The victim stalls for want of CPU; with a process above its `memory.high` it is counted.
 fn pressure() -> Result<String> {
-    let mut sense = open_sense()?;
     // From the root down to the slice, so that the scope has the files.
     for group in Path::new(VICTIM).ancestors().skip(3).collect::<Vec<_>>().into_iter().rev() {
         let control = Path::new(ROOT).join(group).join("cgroup.subtree_control");
@@ -255,6 +254,8 @@ fn pressure() -> Result<String> {
     let procs = Path::new(ROOT).join(VICTIM).join("cgroup.procs");
     fs::write(procs, filling.id().to_string())?;
     drop(filling.stdin.take());
+    // Opened now: which files there are is looked for seldom.
+    let mut sense = open_sense()?;
     let found = eventually(Duration::from_secs(20), "cpu.pressure and memory.events", || {
         sense.sample(now()?);
         let files = sense.files(&"web-1".into()).context("web-1 is not there")?;
