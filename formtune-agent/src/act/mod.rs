@@ -6,6 +6,8 @@
 //! the end, at the next start after a crash, and by `formtune restore`. `docs/journal.md`
 //! describes the file and its invariants.
 
+#[doc(hidden)]
+pub mod fuzzing;
 mod inspect;
 mod journal;
 mod late;

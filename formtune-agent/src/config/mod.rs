@@ -5,6 +5,8 @@ mod classes;
 mod document;
 mod field;
 mod file;
+#[doc(hidden)]
+pub mod fuzzing;
 pub(crate) mod glob;
 mod guide;
 mod show;

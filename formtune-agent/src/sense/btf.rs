@@ -12,6 +12,11 @@ use std::path::Path;
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 const MAGIC: u16 = 0xeb9f;
+/// The names of the integer that is as long as a pointer, before and after clang.
+const LONG: [&str; 2] = ["long unsigned int", "unsigned long"];
+/// Members looked at for one name; the largest structure has some hundred. Types that are
+/// damaged can hold themselves, over and over.
+const MEMBERS: u32 = 1 << 14;
 const KIND_INT: u32 = 1;
 const KIND_PTR: u32 = 2;
 const KIND_ARRAY: u32 = 3;
@@ -77,6 +82,9 @@ impl Btf {
     /// [`BtfError::Malformed`].
     pub fn parse(data: Vec<u8>) -> Result<Self, BtfError> {
         const SHORT: BtfError = BtfError::Malformed("it ends in the middle of a record");
+        if data.len() >= 2 && u16::from_be_bytes([data[0], data[1]]) == MAGIC {
+            return Err(BtfError::Malformed("it is of a machine with the other byte order"));
+        }
         if data.len() < 24 || u16::from_le_bytes([data[0], data[1]]) != MAGIC {
             return Err(BtfError::Malformed("no magic number at its start"));
         }
@@ -101,6 +109,13 @@ impl Btf {
             let info = btf.u32(at + 4).ok_or(SHORT)?;
             let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
             match kind {
+                KIND_INT => {
+                    let (name, size) = (btf.name(at).ok_or(SHORT)?, btf.u32(at + 8).ok_or(SHORT)?);
+                    if LONG.contains(&name) && size as usize != size_of::<usize>() {
+                        let why = "it is of a machine with pointers of another size";
+                        return Err(BtfError::Malformed(why));
+                    }
+                }
                 KIND_STRUCT => {
                     let name = btf.name(at).ok_or(SHORT)?;
                     if !name.is_empty() && count > 0 {
@@ -144,11 +159,11 @@ impl Btf {
         let mut ty = *self.structs.get(structure).ok_or_else(missing)?;
         let mut offset = 0;
         for step in path.split('.') {
-            let (bits, member) = self.member(ty, step, 0).ok_or_else(missing)?;
+            let (bits, member) = self.member(ty, step, 0, &mut { MEMBERS }).ok_or_else(missing)?;
             if bits % 8 != 0 {
                 return Err(missing());
             }
-            offset += bits / 8;
+            offset = (bits / 8).checked_add(offset).ok_or_else(missing)?;
             ty = member;
         }
         Ok(offset)
@@ -202,13 +217,14 @@ impl Btf {
     }
 
     /// Bit offset and type of a member, searched also in anonymous members.
-    fn member(&self, ty: u32, name: &str, depth: u8) -> Option<(u32, u32)> {
+    fn member(&self, ty: u32, name: &str, depth: u8, left: &mut u32) -> Option<(u32, u32)> {
         let at = self.resolve(ty)?;
         let info = self.u32(at + 4)?;
         if !matches!(info >> 24 & 0x1f, KIND_STRUCT | KIND_UNION) || depth > 8 {
             return None;
         }
         (0..(info & 0xffff) as usize).find_map(|i| {
+            *left = left.checked_sub(1)?;
             let member = at + 12 + i * 12;
             let (member_type, raw) = (self.u32(member + 4)?, self.u32(member + 8)?);
             // With the kind flag the upper byte is a bit field's width.
@@ -216,8 +232,8 @@ impl Btf {
             match self.name(member)? {
                 found if found == name => Some((bits, member_type)),
                 "" => {
-                    let (inner, ty) = self.member(member_type, name, depth + 1)?;
-                    Some((bits + inner, ty))
+                    let (inner, ty) = self.member(member_type, name, depth + 1, left)?;
+                    Some((bits.checked_add(inner)?, ty))
                 }
                 _ => None,
             }
@@ -326,6 +342,74 @@ mod tests {
             "this kernel's BTF has no enumerator io_cgrp_id"
         );
         assert!(matches!(Btf::parse(vec![0; 64]), Err(BtfError::Malformed(_))));
+    }
+
+    #[test]
+    fn btf_that_is_cut_short_anywhere_is_an_error_of_one_line_or_read_as_far_as_it_goes() {
+        let whole = sample();
+        for length in 0..whole.len() {
+            match Btf::parse(whole[..length].to_vec()) {
+                // The last names are cut off.
+                Ok(btf) => drop(btf.offset("outer", "d.y")),
+                Err(error) => assert_eq!(error.to_string().lines().count(), 1, "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn btf_of_another_architecture_is_refused() {
+        let refused = |data: Vec<u8>| Btf::parse(data).err().unwrap().to_string();
+        let swapped: Vec<u8> = sample()
+            .chunks(2)
+            .flat_map(|pair| pair.iter().rev().copied().collect::<Vec<_>>())
+            .collect();
+        assert_eq!(
+            refused(swapped),
+            "BTF is malformed: it is of a machine with the other byte order"
+        );
+        let long = |name: &str, size: u32| {
+            let mut strings = vec![0u8];
+            strings.extend(name.bytes().chain([0]));
+            let types = [1, KIND_INT << 24, size, size * 8];
+            let mut data = vec![0x9f, 0xeb, 1, 0];
+            for v in [24, 0, 16, 16, strings.len() as u32].into_iter().chain(types) {
+                data.extend(v.to_le_bytes());
+            }
+            data.extend(strings);
+            data
+        };
+        for name in LONG {
+            assert_eq!(
+                refused(long(name, 4)),
+                "BTF is malformed: it is of a machine with pointers of another size"
+            );
+            assert!(Btf::parse(long(name, 8)).is_ok());
+        }
+        assert!(Btf::parse(long("int", 4)).is_ok());
+    }
+
+    #[test]
+    fn counts_and_offsets_beyond_the_file_are_refused() {
+        // The header's length, and where types and strings lie.
+        for at in [4, 8, 12, 16] {
+            let mut data = sample();
+            data[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+            assert!(matches!(Btf::parse(data), Err(BtfError::Malformed(_))), "{at}");
+        }
+    }
+
+    #[test]
+    fn a_structure_that_holds_itself_ends() {
+        // `struct { struct ...; 65,535 times }` at type 1, named `a`.
+        let mut data = vec![0x9f, 0xeb, 1, 0];
+        let types = 12 + 12 * 0xffff_u32;
+        for v in [24, 0, types, types, 3, 1, KIND_STRUCT << 24 | 0xffff, 8] {
+            data.extend(v.to_le_bytes());
+        }
+        data.extend((0..0xffff).flat_map(|_| [0u32, 1, !7u32]).flat_map(u32::to_le_bytes));
+        data.extend(b"\0a\0");
+        let btf = Btf::parse(data).unwrap();
+        assert!(matches!(btf.offset("a", "b"), Err(BtfError::Missing(_))));
     }
 
     proptest! {

@@ -62,7 +62,7 @@ impl Hierarchies {
         })
     }
 
-    fn from_mountinfo(
+    pub(super) fn from_mountinfo(
         mountinfo: &str,
         root: &Path,
         controllers: impl Fn(&Path) -> io::Result<String>,

@@ -9,7 +9,9 @@ pub mod btf;
 pub mod cgroup;
 mod config;
 mod discover;
-pub(crate) mod files;
+mod files;
+#[doc(hidden)]
+pub mod fuzzing;
 mod health;
 pub mod inventory;
 pub mod kernel;

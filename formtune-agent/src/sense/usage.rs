@@ -43,7 +43,7 @@ impl HostCpu {
 
 /// CPUs and busy ticks. proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal;
 /// guest time is contained in user and nice.
-fn parse_stat(text: &str) -> Option<(u32, u64)> {
+pub(super) fn parse_stat(text: &str) -> Option<(u32, u64)> {
     let mut lines = text.lines();
     let all: Vec<u64> = lines
         .next()?

@@ -2,6 +2,7 @@
 
 mod binaries;
 mod e2e;
+mod fuzz;
 mod guest;
 mod kernels;
 
@@ -32,6 +33,8 @@ enum Tier {
     Lint,
     /// Unit, property and replay tests: no root
     Unit,
+    /// A minute of damaged input for each parser: no root
+    Fuzz,
     /// The real programs on this machine's kernel: root
     Native,
     /// SIGKILL, EIO and ENOSPC at every step of a write: root
@@ -48,8 +51,16 @@ enum Tier {
 
 impl Tier {
     /// Those that run unless others were asked for.
-    const ALL: &[Self] =
-        &[Self::Lint, Self::Unit, Self::Native, Self::Crash, Self::Vm, Self::Guest, Self::E2e];
+    const ALL: &[Self] = &[
+        Self::Lint,
+        Self::Unit,
+        Self::Fuzz,
+        Self::Native,
+        Self::Crash,
+        Self::Vm,
+        Self::Guest,
+        Self::E2e,
+    ];
     /// Those that only run when asked for. The demo judges latencies, under TCG where there is
     /// no KVM: a figure for people, and no test that must hold on a busy machine.
     const ON_REQUEST: &[Self] = &[Self::Demo];
@@ -57,7 +68,7 @@ impl Tier {
     fn purposes(self) -> &'static [Purpose] {
         match self {
             Self::Lint => &[Purpose::Build, Purpose::Lint],
-            Self::Unit => &[Purpose::Build],
+            Self::Unit | Self::Fuzz => &[Purpose::Build],
             Self::Native | Self::Crash => &[Purpose::Build, Purpose::Native],
             Self::Vm => &[Purpose::Build, Purpose::Vm],
             Self::Guest => &[Purpose::Build, Purpose::Native, Purpose::Vm],
@@ -80,6 +91,7 @@ impl Tier {
         match self {
             Self::Lint => Ok(lint()),
             Self::Unit => binaries().run(self, binaries::unit),
+            Self::Fuzz => fuzz::run(),
             Self::Native => binaries().run(self, binaries::native),
             Self::Crash => binaries().run(self, binaries::crash),
             Self::Vm => kernels::run(),
@@ -95,6 +107,7 @@ impl fmt::Display for Tier {
         f.pad(match self {
             Self::Lint => "lint",
             Self::Unit => "unit",
+            Self::Fuzz => "fuzz",
             Self::Native => "native",
             Self::Crash => "crash",
             Self::Vm => "vm",

@@ -8,8 +8,8 @@
 
 mod memory_events;
 mod pressure;
-mod run_delay;
-pub(crate) mod text;
+pub(super) mod run_delay;
+pub(super) mod text;
 
 pub use memory_events::MemoryEvents;
 pub use pressure::{Pressure, Stall, Stalls};

@@ -112,7 +112,7 @@ fn threads(version: CgroupVersion, cgroup: &Path) -> Option<BTreeMap<u32, u64>> 
 }
 
 /// Second field of `schedstat`: time on run queues, nanoseconds.
-pub(crate) fn run_delay(schedstat: &str) -> Option<u64> {
+pub(in crate::sense) fn run_delay(schedstat: &str) -> Option<u64> {
     schedstat.split_whitespace().nth(1)?.parse().ok()
 }
 
