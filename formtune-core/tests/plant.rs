@@ -173,6 +173,17 @@ fn a_foreign_value_is_left_alone() {
     assert_eq!(reasons(&run, "noisy-1").last(), Some(&Reason::Yielded { found: foreign.unwrap() }));
 }
 
+/// What is counted per sample is bounded: the value stays for more samples than a byte counts.
+#[test]
+fn a_foreign_value_may_stay_for_long() {
+    let mut scenario = Scenario::named("foreign").unwrap();
+    scenario.length = Nanos::from_secs(90);
+    let run = run(&scenario, Mode::Enforce);
+    let foreign = Weight::new(500).unwrap();
+    let last = reasons(&run, "noisy-1").last();
+    assert_eq!(last, Some(&Reason::Yielded { found: foreign }));
+}
+
 #[test]
 fn going_back_and_forth_freezes_the_knob() {
     let run = named("freeze");

@@ -89,7 +89,7 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// Something in the file is wrong.
-    #[error("{}:{line}:{column}: {what}", path.display())]
+    #[error("{}:{line}:{column}: {}", path.display(), crate::cli::OneLine(what))]
     At {
         /// Which file.
         path: PathBuf,

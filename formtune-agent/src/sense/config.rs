@@ -1,6 +1,6 @@
 //! Where VMs are looked for.
 
-use crate::config::glob::matches;
+use crate::config::glob::{matches, matching_prefixes};
 use formtune_core::units::VmId;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -107,20 +107,13 @@ impl CgroupPattern {
     }
 }
 
-/// The longest piece of `name` between text that matches `before` and `after`.
+/// The longest piece of `name`, not empty, between text that matches `before` and `after`.
 fn capture(before: &str, after: &str, name: &str) -> Option<String> {
-    let cuts: Vec<usize> = name.char_indices().map(|(at, _)| at).chain([name.len()]).collect();
-    for (index, &start) in cuts.iter().enumerate() {
-        if !matches(before, &name[..start]) {
-            continue;
-        }
-        if let Some(&end) =
-            cuts[index + 1..].iter().rev().find(|&&end| matches(after, &name[end..]))
-        {
-            return Some(name[start..end].to_owned());
-        }
-    }
-    None
+    let starts = matching_prefixes(before.chars(), name.chars());
+    let tails = matching_prefixes(after.chars().rev(), name.chars().rev());
+    let end = name.chars().count() - tails.iter().position(|matching| *matching)?;
+    let start = starts.iter().position(|matching| *matching).filter(|start| *start < end)?;
+    Some(name.chars().skip(start).take(end - start).collect())
 }
 
 #[cfg(test)]

@@ -91,7 +91,7 @@ impl KnobState {
         if found == expected || Some(found) == self.previous {
             self.foreign_samples = 0;
         } else {
-            self.foreign_samples += 1;
+            self.foreign_samples = self.foreign_samples.saturating_add(1);
             if self.foreign_samples >= FOREIGN_SAMPLES {
                 self.yielded.get_or_insert(found);
             }

@@ -55,10 +55,11 @@ pub struct Args {
 /// Runs it: exit code 0 when the victim recovered at hardly any cost to its neighbours and
 /// every knob is back, else 1.
 pub fn run(args: Args) -> Result<ExitCode> {
+    // Says what to install where it may not do so itself; then root is the next thing missing.
+    setup::ensure(&[Purpose::Build, Purpose::Demo])?;
     if !nix::unistd::geteuid().is_root() {
         bail!("the demo must run as root: it starts guests, loads eBPF programs and sets weights");
     }
-    setup::ensure(&[Purpose::Build, Purpose::Demo])?;
     interrupt::catch()?;
     let program = agent::build()?;
     let folder = sh::target().join("demo");
