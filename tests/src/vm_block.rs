@@ -130,7 +130,8 @@ pub fn check(
         done.elapsed_ns
     );
     ensure!(read.device.sum_ns <= read.total.sum_ns, "more in the device than in all");
-    let occupied = sense.block().occupants(device_of(sense, vm)?, now()?);
+    let occupied = sense.block().occupants(now()?);
+    let occupied = occupied.get(&device_of(sense, vm)?).context("nobody was in the device")?;
     let in_device = read.device.sum_ns + written.device.sum_ns + flushed.device.sum_ns;
     ensure!(occupied.first().is_some_and(|(_, ns)| *ns == in_device), "{SPAN}: {occupied:?}");
 

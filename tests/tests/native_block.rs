@@ -272,7 +272,7 @@ fn neighbours_on_a_device_are_named_with_their_shares() {
         .keys()
         .find(|(number, _)| block.device(*number) == device.name())
         .unwrap();
-    let occupants = block.occupants(number, bed.now());
+    let occupants = &block.occupants(bed.now())[&number];
     println!("{occupants:?} after {} reads of the hog's", hogs.read.total_ios);
     let ns = |of: &VmCgroup| {
         occupants.iter().find(|(who, _)| *who == Occupant::Vm(of.path())).map(|(_, ns)| *ns)

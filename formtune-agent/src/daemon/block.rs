@@ -13,20 +13,33 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 impl Agent {
-    /// A VM's block I/O; `None` while it is not measured.
-    pub(super) fn block_state(&self, id: &VmId, now: Nanos) -> Option<BlockState> {
+    /// A VM's block I/O; `None` while it is not measured. `occupants`: of every device.
+    pub(super) fn block_state(
+        &self,
+        id: &VmId,
+        now: Nanos,
+        occupants: &BTreeMap<u32, Vec<BlockOccupant>>,
+    ) -> Option<BlockState> {
         let cgroup = &self.sense.vms().get(id)?.cgroup;
-        let totals = self.sense.block().totals(cgroup)?;
-        let mut devices = self.block_devices(totals);
-        if !devices.is_empty() {
-            let names: BTreeMap<&Path, &VmId> =
-                self.sense.vms().iter().map(|(id, vm)| (vm.cgroup.as_path(), id)).collect();
-            for (number, device) in &mut devices {
-                device.occupants = self.occupants(*number, now, &names);
-            }
+        let mut devices = self.block_devices(self.sense.block().totals(cgroup)?);
+        for (number, device) in &mut devices {
+            device.occupants = occupants.get(number).cloned().unwrap_or_default();
         }
         let devices = devices.into_values().collect();
         Some(BlockState { recent: self.recent_block.runq(id, now), devices })
+    }
+
+    /// The largest occupants of every device that is in use.
+    pub(super) fn block_occupants(&self, now: Nanos) -> BTreeMap<u32, Vec<BlockOccupant>> {
+        let names: BTreeMap<&Path, &VmId> =
+            self.sense.vms().iter().map(|(id, vm)| (vm.cgroup.as_path(), id)).collect();
+        let largest = |all: Vec<(Occupant<'_>, u64)>| -> Vec<BlockOccupant> {
+            let sum: u64 = all.iter().map(|(_, ns)| ns).sum();
+            let largest = all.into_iter().take(OCCUPANTS);
+            largest.map(|(who, ns)| occupant(who, ns, sum, &names)).collect()
+        };
+        let all = self.sense.block().occupants(now).into_iter();
+        all.map(|(device, all)| (device, largest(all))).collect()
     }
 
     /// The sensor, and what is no VM's.
@@ -85,29 +98,16 @@ impl Agent {
         }
         devices
     }
+}
 
-    fn occupants(
-        &self,
-        device: u32,
-        now: Nanos,
-        names: &BTreeMap<&Path, &VmId>,
-    ) -> Vec<BlockOccupant> {
-        let all = self.sense.block().occupants(device, now);
-        let sum: u64 = all.iter().map(|(_, ns)| ns).sum();
-        let named = all.into_iter().take(OCCUPANTS).map(|(who, ns)| BlockOccupant {
-            who: match who {
-                Occupant::Host => Who::Host,
-                // One that has no name yet is none of the VMs that are shown.
-                Occupant::Vm(path) => {
-                    names.get(path).map_or(Who::Host, |id| Who::Vm((*id).clone()))
-                }
-                Occupant::Gone => Who::Gone,
-            },
-            requests: ns as f64 / SPAN.0 as f64,
-            share: ns as f64 / sum as f64,
-        });
-        named.collect()
-    }
+fn occupant(who: Occupant<'_>, ns: u64, of: u64, names: &BTreeMap<&Path, &VmId>) -> BlockOccupant {
+    let who = match who {
+        Occupant::Host => Who::Host,
+        // One that has no name yet is none of the VMs that are shown.
+        Occupant::Vm(path) => names.get(path).map_or(Who::Host, |id| Who::Vm((*id).clone())),
+        Occupant::Gone => Who::Gone,
+    };
+    BlockOccupant { who, requests: ns as f64 / SPAN.0 as f64, share: ns as f64 / of as f64 }
 }
 
 fn counts(totals: &LatencyTotals) -> LatencyCounts {

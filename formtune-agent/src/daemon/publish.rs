@@ -142,6 +142,7 @@ impl Seen {
 impl Agent {
     /// Everything there is to see, now.
     pub(super) fn snapshot(&self, now: Nanos) -> Snapshot {
+        let occupants = self.block_occupants(now);
         let mut vms: std::collections::BTreeMap<_, _> = self
             .sense
             .vms()
@@ -182,7 +183,7 @@ impl Agent {
                     state.runq_check = files.runq_check;
                 }
                 state.tcp = self.sense.tcp(id).map(Into::into);
-                state.block = self.block_state(id, now);
+                state.block = self.block_state(id, now, &occupants);
                 Some((id.clone(), state))
             })
             .collect();

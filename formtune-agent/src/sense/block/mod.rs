@@ -35,13 +35,14 @@ const CGROUPS_PER_VM: u32 = 16;
 /// The rows of a VM that is gone are kept this long: a request that found the VM just before
 /// its cgroups left the table may still look for its row (microseconds).
 const REST: Nanos = Nanos::from_secs(1);
-/// Where cgroups are not those that discovery follows they are looked for this often, at
-/// first and as long as there are none.
-const LOOK_SOON: Nanos = Nanos::from_secs(1);
-/// The same later; devices that are gone are looked for as often.
-const LOOK: Nanos = Nanos::from_secs(30);
+/// Where cgroups are not those that discovery follows they are looked for this often at first.
+const LOOK_FRESH: Nanos = Nanos::from_secs(1);
 /// How long "at first" is.
 const FRESH: Nanos = Nanos::from_secs(10);
+/// The same later, if there are none yet.
+const LOOK_NONE: Nanos = Nanos::from_secs(5);
+/// The same if there are; devices that are gone are looked for as often.
+const LOOK: Nanos = Nanos::from_secs(30);
 
 /// The sensor, whether or not its probe could be loaded.
 pub struct Block {
@@ -243,16 +244,17 @@ impl Block {
             .collect()
     }
 
-    /// Who had requests in a device in the last [`SPAN`], and for how long in all,
+    /// Who had requests in each device in the last [`SPAN`], and for how long in all,
     /// nanoseconds; most first.
-    pub fn occupants(&self, device: u32, now: Nanos) -> Vec<(Occupant<'_>, u64)> {
-        let all = self.occupancy.of(device, now).into_iter();
-        all.map(|(who, ns)| match (who, self.paths.get(&who)) {
-            (HOST, _) => (Occupant::Host, ns),
-            (_, Some(path)) => (Occupant::Vm(path), ns),
-            (_, None) => (Occupant::Gone, ns),
-        })
-        .collect()
+    pub fn occupants(&self, now: Nanos) -> BTreeMap<u32, Vec<(Occupant<'_>, u64)>> {
+        let who = |who| match (who, self.paths.get(&who)) {
+            (HOST, _) => Occupant::Host,
+            (_, Some(path)) => Occupant::Vm(path),
+            (_, None) => Occupant::Gone,
+        };
+        let named = |all: Vec<(u32, u64)>| all.into_iter().map(|(n, ns)| (who(n), ns)).collect();
+        let all = self.occupancy.all(now).into_iter();
+        all.map(|(device, all)| (device, named(all))).collect()
     }
 
     /// Name of a device, e.g. `sda`.
@@ -281,8 +283,11 @@ impl Block {
     fn look(&mut self, now: Nanos) {
         let Some(probe) = &mut self.probe else { return };
         for (path, vm) in &mut self.vms {
-            let soon = now.since(vm.found_at) < FRESH || vm.ids.is_none();
-            let interval = if soon { LOOK_SOON } else { LOOK };
+            let interval = match vm.ids {
+                _ if now.since(vm.found_at) < FRESH => LOOK_FRESH,
+                None => LOOK_NONE,
+                Some(_) => LOOK,
+            };
             let due = vm.looked_at.is_none_or(|at| now.since(at) >= interval);
             let complete = vm.ids.as_ref().is_none_or(|ids| ids.len() == vm.counted.len());
             if !due && complete {

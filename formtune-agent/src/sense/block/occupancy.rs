@@ -45,17 +45,20 @@ impl Occupancy {
         slot.1 += ns;
     }
 
-    /// Everybody who used a device, and for how long, nanoseconds; most first.
-    pub fn of(&self, device: u32, now: Nanos) -> Vec<(u32, u64)> {
+    /// Everybody who used a device, and for how long, nanoseconds, most first; by device.
+    pub fn all(&self, now: Nanos) -> BTreeMap<u32, Vec<(u32, u64)>> {
         let now = now.0 / SLOT_NS;
-        let mut all: Vec<(u32, u64)> = self
-            .by
-            .range((device, 0)..=(device, u32::MAX))
-            .map(|(&(_, who), ring)| (who, ring.sum(now)))
-            .filter(|&(_, ns)| ns > 0)
-            .collect();
-        all.sort_by_key(|&(who, ns)| (std::cmp::Reverse(ns), who));
-        all
+        let mut devices: BTreeMap<u32, Vec<(u32, u64)>> = BTreeMap::new();
+        for (&(device, who), ring) in &self.by {
+            let ns = ring.sum(now);
+            if ns > 0 {
+                devices.entry(device).or_default().push((who, ns));
+            }
+        }
+        for all in devices.values_mut() {
+            all.sort_by_key(|&(who, ns)| (std::cmp::Reverse(ns), who));
+        }
+        devices
     }
 
     /// Forgets who used nothing lately.
@@ -77,12 +80,13 @@ mod tests {
         occupancy.add(7, 2, 300, at(1_001));
         occupancy.add(7, 1, 50, at(1_005));
         occupancy.add(8, 1, 9, at(1_005));
-        assert_eq!(occupancy.of(7, at(1_005)), [(2, 300), (1, 150)]);
-        assert_eq!(occupancy.of(7, at(1_010)), [(2, 300), (1, 50)]);
+        assert_eq!(occupancy.all(at(1_005))[&7], [(2, 300), (1, 150)]);
+        assert_eq!(occupancy.all(at(1_010))[&7], [(2, 300), (1, 50)]);
         occupancy.add(7, 1, 1, at(1_010));
-        assert_eq!(occupancy.of(7, at(1_011)), [(1, 51)]);
-        assert_eq!(occupancy.of(9, at(1_011)), []);
+        assert_eq!(occupancy.all(at(1_011))[&7], [(1, 51)]);
+        assert_eq!(occupancy.all(at(1_011)).keys().collect::<Vec<_>>(), [&7, &8]);
         occupancy.prune(at(1_016));
-        assert_eq!((occupancy.by.len(), occupancy.of(7, at(1_016))), (1, vec![(1, 1)]));
+        assert_eq!(occupancy.by.len(), 1);
+        assert_eq!(occupancy.all(at(1_016)), BTreeMap::from([(7, vec![(1, 1)])]));
     }
 }
