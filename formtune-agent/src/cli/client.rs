@@ -3,9 +3,9 @@
 use crate::cli::Global;
 use crate::config;
 use crate::export::routes::ErrorAnswer;
+use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use hyper::Request;
-use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use std::io;

@@ -296,9 +296,9 @@ fn named<'a>(
     Ok(name)
 }
 
-/// weight = shares × 100 / 1024, systemd's rule, which keeps ratios.
+/// weight = shares × 100 / 1024, systemd's rule, which keeps ratios; at least 1.
 fn weight_of_shares(field: Field<'_>) -> Result<Weight, ConfigError> {
-    // The least and greatest shares whose weight the kernel takes.
-    let shares = field.integer(11..=102_400)? as u64;
+    // The least shares that the kernel takes, and the greatest whose weight it takes.
+    let shares = field.integer(2..=102_400)? as u64;
     Ok(Weight::clamped((shares * 100 + 512) / 1024))
 }

@@ -121,6 +121,16 @@ fn the_guide_gives_classes_that_keep_their_ratios() {
 }
 
 #[test]
+fn the_least_shares_of_the_guide_are_the_least_weight() {
+    for (shares, weight) in [(2, 1), (10, 1), (11, 1), (16, 2), (102_400, 10_000)] {
+        let text = format!(r#"{{"instance_types": [{{"name": "a", "cpu_shares": {shares}}}]}}"#);
+        let guide = read_guide(&text).unwrap();
+        let found = guide.classes[&ClassName::from("a")].cpu_weight;
+        assert_eq!(found, Weight::new(weight), "{shares} shares");
+    }
+}
+
+#[test]
 fn a_class_of_the_guide_can_be_refined() {
     let dir = tempfile::tempdir().unwrap();
     let json = r#"{"instance_types": [{"name": "database", "cpu_shares": 2048}],
@@ -273,7 +283,7 @@ fn every_mistake_is_one_line_that_says_where_and_what() {
         "{\"resource_pools\": [{\"priority\": \"high\"}]}",
         "{\"resource_pools\": [{\"name\": \"a\", \"priority\": \"top\"}]}",
         "{\"instance_types\": [{\"name\": \"a\", \"cpu_share\": 1}]}",
-        "{\"instance_types\": [{\"name\": \"a\", \"cpu_shares\": 10}]}",
+        "{\"instance_types\": [{\"name\": \"a\", \"cpu_shares\": 1}]}",
         "{\"instance_types\": [\n  {\"name\": \"a\", \"cpu_shares\": 262144}]}",
         "{\"instance_types\": [{\"name\": \"a\", \"cpu_shares\": \"1024\"}]}",
         "{\"instance_types\": [{\"name\": \"a\"}, {\"name\": \"a\"}]}",
