@@ -314,7 +314,7 @@ fn the_programs_cost_is_known() {
     });
     let measured = sense.health().cost.unwrap();
     println!("{cost:?} CPUs, {measured:?}");
-    assert!(measured.runs_per_s > 5_000.0, "{measured:?}");
+    assert!(measured.runs_per_s > 500.0, "{measured:?}");
     let ns_per_run = measured.cpus * 1e9 / measured.runs_per_s;
     assert!((20.0..5_000.0).contains(&ns_per_run), "{ns_per_run} ns per run");
 }
