@@ -9,6 +9,7 @@ use formtune_core::sample::{HeldInterval, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a load is compared, at least, and at most.
@@ -16,6 +17,13 @@ const LENGTH: Duration = Duration::from_secs(3);
 const LIMIT: Duration = Duration::from_secs(60);
 /// Fewer are no load.
 const SWITCHES: u64 = 1_000;
+
+/// These tests make load and look at what it waits for: one at a time, or each waits for the
+/// others' load.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn open(patterns: &[String]) -> Sense {
     let patterns = patterns.iter().map(|p| p.parse().unwrap()).collect();
@@ -120,6 +128,7 @@ fn within(ours: u64, theirs: u64, share: f64) -> bool {
 
 #[test]
 fn pinned_threads_agree_with_run_delay() {
+    let _alone = alone();
     let [(count, wait), (pcount, delay)] = compare("ft-sense-pinned", Some(0));
     assert!(pcount > SWITCHES, "{pcount} switches are no load");
     assert!(within(count, pcount, 0.05), "{count} waits, pcount {pcount}");
@@ -131,6 +140,7 @@ fn pinned_threads_agree_with_run_delay() {
 /// kernel, and how much less is printed (docs/probes.md).
 #[test]
 fn unpinned_threads_lose_what_they_waited_before_a_migration() {
+    let _alone = alone();
     let [(count, wait), (pcount, delay)] = compare("ft-sense-unpinned", None);
     assert!(within(count, pcount, 0.05), "{count} waits, pcount {pcount}");
     // What a migration cuts off is missing (docs/probes.md): 1 to 4 % on two CPUs.
@@ -140,6 +150,7 @@ fn unpinned_threads_lose_what_they_waited_before_a_migration() {
 
 #[test]
 fn the_waiter_pays_and_not_the_waker_nor_others() {
+    let _alone = alone();
     let (waiter, waker) = (VmCgroup::new("ft-sense-waiter"), VmCgroup::new("ft-sense-waker"));
     let outside = VmCgroup::new("ft-sense-outside");
     let start = Instant::now();
@@ -231,6 +242,7 @@ fn share(of: &VmId, held: &HeldInterval) -> f64 {
 
 #[test]
 fn a_wait_is_charged_to_whoever_held_the_cpu() {
+    let _alone = alone();
     let (victim, hog) = (VmCgroup::new("ft-blame-victim"), VmCgroup::new("ft-blame-hog"));
     let innocent = VmCgroup::new("ft-blame-innocent");
     let patterns = [victim.pattern(), hog.pattern(), innocent.pattern()];
@@ -265,6 +277,7 @@ fn a_wait_is_charged_to_whoever_held_the_cpu() {
 /// with the kernel's within what chance allows, and the cost falls.
 #[test]
 fn sampled_counts_are_unbiased() {
+    let _alone = alone();
     let group = VmCgroup::new("ft-sense-sampled");
     let start = Instant::now();
     let mut sense = open(&[group.pattern()]);
@@ -301,6 +314,7 @@ fn sampled_counts_are_unbiased() {
 /// The agent knows what its program costs: about what a switch costs times the switches.
 #[test]
 fn the_programs_cost_is_known() {
+    let _alone = alone();
     let group = VmCgroup::new("ft-sense-cost");
     let start = Instant::now();
     let mut sense = open(&[group.pattern()]);
@@ -321,6 +335,7 @@ fn the_programs_cost_is_known() {
 
 #[test]
 fn without_a_slot_a_vm_is_reported_as_not_measured() {
+    let _alone = alone();
     let mut groups: Vec<_> =
         (0..3).map(|i| VmCgroup::new(&format!("ft-sense-slots-{i}"))).collect();
     let patterns = groups.iter().map(|group| group.pattern().parse().unwrap()).collect();
