@@ -257,10 +257,16 @@ impl Cpu<'_, '_, '_> {
         let (id, claim) = (self.state.vms[victim].id.clone(), &claims[victim]);
 
         let held = self.state.vms[victim].holders.sum();
-        let polluters: Vec<Polluter> = match &held {
+        let mut polluters: Vec<Polluter> = match &held {
             Some(held) => blame.holders(victim, claims, held, |id| self.state.find(id)),
-            None => blame.polluters(victim, claim).copied().collect(),
+            None => Vec::new(),
         };
+        // Where the CPU was the host's, for all the probe knows, those of a lower priority who
+        // use it may still be asked: should they be innocent, the trial clears them.
+        if polluters.is_empty() {
+            let asked = |polluter: &&Polluter| held.is_none() || polluter.priority < claim.priority;
+            polluters.extend(blame.polluters(victim, claim).filter(asked));
+        }
         let culprits = self.culprits(victim, &id, slack, &polluters, claim.priority);
         if let Some(wait) = culprits.wait {
             return self.answer(victim, Action::Hold, wait);
