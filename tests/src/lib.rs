@@ -15,5 +15,6 @@ pub mod relay;
 pub mod retransmit;
 pub mod sensing;
 pub mod twin;
+pub mod vm_block;
 pub mod vm_cgroup;
 pub mod wait;

@@ -63,11 +63,11 @@ static OP_ZONE_APPEND: Constant = Constant::new();
 /// Bit of `RQF_FLUSH_SEQ` in a request's flags.
 #[unsafe(no_mangle)]
 static FLUSH_SEQ_BIT: Constant = Constant::new();
-/// Flag of requests whose `start_time_ns` is theirs; 0 where it is zeroed otherwise (before
-/// Linux 6.11).
+/// Flag of requests whose `start_time_ns` is theirs (`RQF_IO_STAT`); 0 where it is zeroed
+/// otherwise (before Linux 6.11).
 #[unsafe(no_mangle)]
 static QUEUED_FLAG: Constant = Constant::new();
-/// Flag of requests whose `io_start_time_ns` is theirs: `RQF_STATS`.
+/// Flag of requests whose `io_start_time_ns` is theirs (`RQF_STATS`); 0 likewise.
 #[unsafe(no_mangle)]
 static ISSUED_FLAG: Constant = Constant::new();
 /// Bit of `QUEUE_FLAG_STATS` in a queue's flags.
@@ -214,11 +214,8 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
         } else {
             FLUSH
         };
-        let mut queued = queued_at(request, flags);
-        let mut issued: u64 = 0;
-        if flags & ISSUED_FLAG.get() != 0 {
-            issued = field(request, &RQ_IO_START_TIME);
-        }
+        let mut queued = stamp(request, flags, &QUEUED_FLAG, &RQ_START_TIME);
+        let mut issued = stamp(request, flags, &ISSUED_FLAG, &RQ_IO_START_TIME);
         if queued == 0 || issued == 0 {
             noted(request, &mut queued, &mut issued);
             if queued == 0 {
@@ -269,14 +266,14 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
     Some(())
 }
 
-/// When a request was queued, as the kernel notes it; 0 if it does not, as nobody keeps
-/// statistics of the device.
+/// A time that the kernel noted in a request; 0 if it did not, as nobody keeps statistics of
+/// the device.
 #[inline(always)]
-unsafe fn queued_at(request: *const u8, flags: u32) -> u64 {
-    let needed = QUEUED_FLAG.get();
+unsafe fn stamp(request: *const u8, flags: u32, needed: &Constant, time: &Constant) -> u64 {
+    let needed = needed.get();
     if flags & needed == needed {
         // SAFETY: as demanded of the caller.
-        unsafe { field(request, &RQ_START_TIME) }
+        unsafe { field(request, time) }
     } else {
         0
     }
@@ -367,9 +364,10 @@ fn note(request: *const u8, issue: bool) -> Option<()> {
             return None;
         }
         let queue = present(field(request, &RQ_QUEUE))?;
-        let flags: u64 = field(queue, &QUEUE_FLAGS);
-        let queued = queued_at(request, field(request, &RQ_FLAGS));
-        if queued != 0 && flags >> (QUEUE_STATS_BIT.get() & 63) & 1 != 0 {
+        let of_queue: u64 = field(queue, &QUEUE_FLAGS);
+        let flags: u32 = field(request, &RQ_FLAGS);
+        let queued = stamp(request, flags, &QUEUED_FLAG, &RQ_START_TIME);
+        if queued != 0 && of_queue >> (QUEUE_STATS_BIT.get() & 63) & 1 != 0 {
             return None;
         }
         let now = bpf_ktime_get_ns();

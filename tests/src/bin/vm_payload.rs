@@ -11,6 +11,7 @@ use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId, Weight};
 use formtune_tests::payload::{Agent, CONTENDED, Checks, Passed};
 use formtune_tests::retransmit;
+use formtune_tests::vm_block;
 use formtune_tests::wait::eventually;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::Signal;
@@ -44,6 +45,15 @@ fn main() -> ExitCode {
             std::hint::spin_loop();
         },
         ["fill"] => fill(),
+        [first, ..] if first == vm_block::LOAD => {
+            return match vm_block::main(&arguments[1..]) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{error:#}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         ref words => {
             return match retransmit::role(words) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -69,6 +79,7 @@ fn main() -> ExitCode {
         retransmit::check(&mut sense, &"idle".into(), &make_group(IDLE)?, now)
     });
     checks.run("pressure", pressure);
+    checks.run("block", block);
     checks.run("acts", acts);
     let mut agent = None;
     checks.run("closes the loop", || {
@@ -260,6 +271,23 @@ fn pressure() -> Result<String> {
     let (some, events, node) = found.with_context(|| format!("last read {last:?}"))?;
     let node = node.and_then(|stalls| stalls.some).context("no /proc/pressure/cpu")?;
     Ok(format!("cpu some {some:?} µs, node {} µs, {events:?}", node.total_us))
+}
+
+/// Block requests of the victim are counted one by one. The idle VM, for whose cgroup the
+/// io controller is not on, is not measured.
+fn block() -> Result<String> {
+    let slice = Path::new(ROOT).join("machine.slice");
+    for group in [Path::new(ROOT), &slice] {
+        fs::write(group.join("cgroup.subtree_control"), "+io")?;
+    }
+    let mut sense = open_sense()?;
+    let cgroup = |name: &str| -> Result<PathBuf> {
+        Ok(sense.vms().get(&VmId::from(name)).context("no such VM")?.cgroup.clone())
+    };
+    let (victim, idle) = (cgroup("web-1")?, cgroup("idle")?);
+    ensure!(sense.block().totals(&idle).is_none(), "the idle VM is measured");
+    let procs = |path: &str| Path::new(ROOT).join(path).join("cgroup.procs");
+    vm_block::check(&mut sense, &victim, &procs(VICTIM), &procs(OUTSIDE), now)
 }
 
 fn file(path: &str, name: &str) -> PathBuf {

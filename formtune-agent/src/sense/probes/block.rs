@@ -46,8 +46,6 @@ const OFFSETS: &[(&str, &str, &str)] = &[
 
 /// `RQF_FLUSH_SEQ` before it was an enumerator (Linux 6.11): `1 << 4`, include/linux/blkdev.h.
 const FLUSH_SEQ_BIT: u32 = 4;
-/// `RQF_STATS` before it was an enumerator (Linux 6.11): `1 << 16`, include/linux/blkdev.h.
-const STATS_BIT: u32 = 16;
 /// `QUEUE_FLAG_STATS` before it was an enumerator (Linux 6.11), include/linux/blkdev.h.
 const QUEUE_STATS_BIT: u32 = 20;
 
@@ -98,8 +96,9 @@ impl BlockProbe {
         if let (Err(error), Err(_)) = (&disk_of_queue, &disk_of_request) {
             return Err(BtfError::Missing(error.to_string()).into());
         }
+        // Before they were enumerators (Linux 6.11) a time that is not noted is 0.
         let io_stat = types.enumerator("__RQF_IO_STAT").map_or(0, |bit| 1 << bit);
-        let stats = 1 << types.enumerator("__RQF_STATS").unwrap_or(STATS_BIT);
+        let stats = types.enumerator("__RQF_STATS").map_or(0, |bit| 1 << bit);
         constants.extend([
             ("QUEUED_FLAG", io_stat),
             ("ISSUED_FLAG", stats),
