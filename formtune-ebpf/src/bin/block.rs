@@ -137,11 +137,17 @@ pub fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     0
 }
 
-/// `block_rq_requeue([struct request_queue *q,] struct request *rq)`.
+/// `block_rq_requeue(struct request *rq)`.
 #[btf_tracepoint(function = "block_rq_requeue")]
-pub fn block_rq_requeue(_ctx: BtfTracePointContext) -> i32 {
-    // SAFETY: see `count`.
-    unsafe { count!(requeued) };
+pub fn block_rq_requeue(ctx: BtfTracePointContext) -> i32 {
+    requeued(ctx.arg(0));
+    0
+}
+
+/// `block_rq_requeue(struct request_queue *q, struct request *rq)`, before Linux 5.11.
+#[btf_tracepoint(function = "block_rq_requeue")]
+pub fn block_rq_requeue_of(ctx: BtfTracePointContext) -> i32 {
+    requeued(ctx.arg(1));
     0
 }
 
@@ -373,8 +379,11 @@ fn note(request: *const u8, issue: bool) -> Option<()> {
         let now = bpf_ktime_get_ns();
         let address = request as u64;
         let mut start = Start { queued: now, issued: if issue { now } else { 0 } };
-        // It was in the scheduler's queue before, or it is tried again.
-        if let Some(before) = STARTS.get_ptr(&address) {
+        // It was in the scheduler's queue before, or it is tried again. One that was given to
+        // its device is an earlier request at this address, whose end was not seen.
+        if let Some(before) = STARTS.get_ptr(&address)
+            && (*before).issued == 0
+        {
             start.queued = (*before).queued;
         }
         if STARTS.insert(&address, &start, BPF_ANY.into()).is_err() {
@@ -382,6 +391,19 @@ fn note(request: *const u8, issue: bool) -> Option<()> {
         }
     }
     Some(())
+}
+
+/// A request is given back to its queue: it waits there again, since it was first queued.
+#[inline(always)]
+fn requeued(request: *const u8) {
+    let address = request as u64;
+    // SAFETY: a map value; nobody else has this request, and so its entry, now.
+    unsafe {
+        count!(requeued);
+        if let Some(start) = STARTS.get_ptr_mut(&address) {
+            (*start).issued = 0;
+        }
+    }
 }
 
 /// Fills in what is missing from what [`note`] noted, and forgets it.

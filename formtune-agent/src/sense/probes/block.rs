@@ -14,10 +14,10 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtun
 
 /// The program, and the tracepoint it is attached to.
 pub const BLOCK_RQ_COMPLETE: &str = "block_rq_complete";
-/// Counts what is tried again.
-const REQUEUE: &str = "block_rq_requeue";
-/// The programs that note times, for kernels whose tracepoints have the request as first and
-/// as second argument, and the tracepoints.
+/// Where requests are given back to be tried again. The program is one for kernels whose
+/// tracepoint has the request as first argument, or one for those where it is the second.
+const REQUEUE: (&str, &str, &str) = ("block_rq_requeue", "block_rq_requeue_of", "block_rq_requeue");
+/// The programs that note times, likewise, and their tracepoints.
 const NOTE: [(&str, &str, &str); 2] = [
     ("block_rq_insert", "block_rq_insert_of", "block_rq_insert"),
     ("block_rq_issue", "block_rq_issue_of", "block_rq_issue"),
@@ -138,14 +138,12 @@ impl BlockProbe {
         for number in 0..sizes.rows {
             probe.give_back(number).map_err(aya::EbpfError::from)?;
         }
-        for name in [BLOCK_RQ_COMPLETE, REQUEUE] {
-            super::attach(&mut probe.ebpf, kernel, name, name)?;
-        }
+        let second = kernel.offsets.tracepoint_arguments(REQUEUE.2)? > 1;
+        let requeue = if second { REQUEUE.1 } else { REQUEUE.0 };
+        super::attach(&mut probe.ebpf, kernel, BLOCK_RQ_COMPLETE, BLOCK_RQ_COMPLETE)?;
+        super::attach(&mut probe.ebpf, kernel, requeue, REQUEUE.2)?;
         // Loaded now, while the kernel's types are at hand; attached when a device needs them.
-        probe.second_argument = match kernel.offsets.tracepoint_arguments("block_rq_issue") {
-            Ok(arguments) => probe.load_notes(kernel, arguments > 1),
-            Err(_) => None,
-        };
+        probe.second_argument = probe.load_notes(kernel, second);
         Ok(probe)
     }
 
