@@ -276,10 +276,20 @@ fn total(outcomes: &[(Tier, Outcome)], strict: bool) -> Count {
     total
 }
 
-/// The lines of all tiers once more, what else counts, and the sum as the last line.
+/// The lines of all tiers once more, what failed and what else counts, and the sum as the last
+/// line: who sees only the end of a log still learns what to look at.
 fn summary(outcomes: &[(Tier, Outcome)], total: &Count, took: Duration) -> String {
     let mut lines: Vec<String> =
         outcomes.iter().map(|(tier, outcome)| line(*tier, outcome)).collect();
+    for (tier, outcome) in outcomes {
+        if let Outcome::Run { count, .. } = outcome {
+            // The whole of a note was shown when its tier ended.
+            let first = count.notes.iter().filter_map(|note| note.lines().next());
+            lines.extend(
+                first.filter(|line| !line.is_empty()).map(|line| format!("{tier}: {line}")),
+            );
+        }
+    }
     lines.extend(total.notes.iter().cloned());
     lines.push(format!("{total} in {:.0} s", took.as_secs_f64()));
     lines.join("\n")
@@ -319,7 +329,7 @@ mod tests {
     use super::*;
 
     fn ran(passed: u32, failed: u32, ignored: u32) -> Outcome {
-        let count = Count { passed, failed, ignored, notes: vec!["shown already".into()] };
+        let count = Count { passed, failed, ignored, notes: vec!["failed: a\nits log".into()] };
         Outcome::Run { took: Duration::from_secs(2), count }
     }
 
@@ -350,7 +360,7 @@ mod tests {
         assert_eq!((strict.passed, strict.failed, strict.ignored), (5, 3, 0));
         let text = summary(&outcomes, &strict, Duration::from_secs(2));
         assert!(text.contains("unit: ignored tests") && text.contains("vm: not run, which"));
-        assert!(!text.contains("shown already"), "{text}");
+        assert!(text.contains("unit: failed: a\n") && !text.contains("its log"), "{text}");
         assert!(text.ends_with("5 passed, 3 failed in 2 s"), "{text}");
     }
 
