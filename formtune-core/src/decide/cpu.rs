@@ -425,46 +425,44 @@ impl Cpu<'_, '_, '_> {
                 continue;
             }
             let knob = &self.state.vms[index].knob;
-            if let Some(stuck) = knob.stuck(self.now) {
-                self.answer(index, Action::Hold, stuck);
-            } else if knob.is_changed() {
-                self.reconsider(index);
+            let stuck = knob.stuck(self.now);
+            let needed = if knob.is_changed() { self.still_needed(index) } else { Err(None) };
+            match needed {
+                Ok(need) => self.relax(index, need),
+                Err(why) => {
+                    if let Some(reason) = stuck.or(why) {
+                        self.answer(index, Action::Hold, reason);
+                    }
+                }
             }
         }
     }
 
-    fn reconsider(&mut self, index: usize) {
+    /// Why a change may be given back; or that it may not, and what there is to say of that.
+    fn still_needed(&self, index: usize) -> Result<Need, Option<Reason>> {
         let vm = &self.state.vms[index];
-        let (Some(weight), Some(original)) = (vm.knob.expected(), vm.knob.original()) else {
-            return;
-        };
-        if weight > original {
-            match self.need(index) {
+        if vm.knob.expected() > vm.knob.original() {
+            return match self.need(index) {
                 Need::Still(hold) => {
                     // A VM that suffers says so itself; that tells more.
                     let slack = self.views[index].verdict.slack();
-                    if slack.is_none_or(|slack| slack >= self.cpu.slack_act) {
-                        self.answer(index, Action::Hold, Reason::RaisedFor { hold });
-                    }
+                    let well = slack.is_none_or(|slack| slack >= self.cpu.slack_act);
+                    Err(well.then_some(Reason::RaisedFor { hold }))
                 }
-                need => self.relax(index, need),
-            }
-            return;
+                need => Ok(need),
+            };
         }
         // Lowered: the victim that needs it most decides.
         let mut least = Need::Gone;
         for id in &vm.lowered_for {
             let Some(victim) = self.state.find(id) else { continue };
             match self.need(victim) {
-                Need::Still(_) => {
-                    let reason = Reason::LoweredFor { victim: id.clone() };
-                    return self.answer(index, Action::Hold, reason);
-                }
+                Need::Still(_) => return Err(Some(Reason::LoweredFor { victim: id.clone() })),
                 Need::Gone => {}
                 need => least = need,
             }
         }
-        self.relax(index, least);
+        Ok(least)
     }
 
     fn need(&self, index: usize) -> Need {
@@ -479,7 +477,7 @@ impl Cpu<'_, '_, '_> {
             return;
         };
         let Some(reason) = relax::reason(&need, original, self.busy) else { return };
-        if let Some(obstacle) = vm.knob.obstacle(self.now, self.cpu) {
+        if let Some(obstacle) = vm.knob.obstacle_back(self.now, self.cpu) {
             return self.answer(index, Action::Hold, obstacle);
         }
         let bounds = self.views[index].class.and_then(|class| vm.knob.bounds(class));

@@ -158,6 +158,15 @@ impl KnobState {
         if let Some(stuck) = self.stuck(now) {
             return Some(stuck);
         }
+        self.obstacle_back(now, cpu)
+    }
+
+    /// Why the knob may not even go back towards its original at `now`, if so. A frozen one
+    /// may: going in that direction only, it comes to rest.
+    pub fn obstacle_back(&self, now: Nanos, cpu: &CpuLoop) -> Option<Reason> {
+        if let Some(found) = self.yielded {
+            return Some(Reason::Yielded { found });
+        }
         if !self.readable || self.expected.is_none() {
             return Some(Reason::NoKnob);
         }
