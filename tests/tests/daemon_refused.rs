@@ -85,6 +85,7 @@ fn a_kernel_without_btf() {
     std::fs::create_dir(&empty).unwrap();
     let output = with_mounted(&empty, "/sys/kernel/btf", &site.command(&["run"]));
     says(&refusal(&output), &["sched_switch", "BTF", "`doctor`, `restore`"]);
+    assert!(!site.state().exists(), "the state folder was made");
 }
 
 #[test]
@@ -95,6 +96,7 @@ fn a_kernel_whose_btf_ends_early() {
     std::fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
     let output = with_mounted(&cut, "/sys/kernel/btf/vmlinux", &site.command(&["run"]));
     says(&refusal(&output), &["sched_switch", "BTF is malformed", "`doctor`, `restore`"]);
+    assert!(!site.state().exists(), "the state folder was made");
 }
 
 /// A kernel of before 5.10, played by another release and by such a kernel's answer to what
@@ -115,6 +117,7 @@ fn a_kernel_that_is_too_old() {
     };
     let line = refusal(&old(&["run"]));
     println!("{line}");
+    assert!(!site.state().exists(), "the state folder was made");
     says(&line, &["program sched_switch", "Linux 5.4.0 is older than 5.10", "`doctor`, `restore`"]);
     let calls = std::fs::read_to_string(site.path().join("calls")).unwrap();
     assert!(calls.contains("BPF_MAP_CREATE") && calls.contains("(INJECTED)"), "{calls}");

@@ -127,6 +127,10 @@ impl Agent {
             .then(|| Alone::on(&config.sense.cgroup_root))
             .transpose()?;
         let hypervisor = connect(&config);
+        let sense = Sense::open(&config.sense, hypervisor.clone())?;
+        if let ProbeState::Unavailable { program, why, remedy } = &sense.health().runq {
+            bail!("failed to load program {program}: {why} ({remedy})");
+        }
         let (act, recovery) = Act::open(&config.state_dir, hypervisor.clone())?;
         if recovery.earlier_boot > 0 {
             tracing::info!(
@@ -139,10 +143,6 @@ impl Agent {
             tracing::error!("not enforcing: {why}");
             let mode = &mut config.policy.modes.cpu_weight;
             *mode = (*mode).min(Mode::Shadow);
-        }
-        let sense = Sense::open(&config.sense, hypervisor.clone())?;
-        if let ProbeState::Unavailable { program, why, remedy } = &sense.health().runq {
-            bail!("failed to load program {program}: {why} ({remedy})");
         }
         let facts = Facts::gather(&config, config_path, hypervisor.as_ref(), barred);
         let recorder = recording::begin(&config, &facts)?;
