@@ -5,6 +5,7 @@ use formtune_tests::agent::Site;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::fs;
+use std::time::{Duration, Instant};
 
 const QUIET: &str = "libvirt = \"off\"\nlisten = \"off\"\n";
 /// A journal that cannot be read, which bars enforcement and is a finding.
@@ -218,6 +219,12 @@ fn restore_without_an_agent() {
 fn beside_a_running_agent() {
     let site = Site::new(QUIET).unwrap();
     let agent = site.run(&[]).unwrap();
+    // It answers before its first sample, and `status` then says that it is not ready.
+    let start = Instant::now();
+    while agent.status("/readyz").unwrap().0 != 200 {
+        assert!(start.elapsed() < Duration::from_secs(10), "not ready");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     check(
         &site,
         &[

@@ -15,6 +15,8 @@ use std::process::ExitCode;
 
 /// VMs that want attention, at most.
 const NOTES: usize = 8;
+/// The agent's share of a CPU is told once it has been up this long.
+const SHARE_AFTER: Nanos = Nanos::from_secs(10);
 
 /// Arguments of `formtune status`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -108,13 +110,15 @@ fn node_lines(text: &mut String, answer: &NodeAnswer, style: Style) {
     let _ = writeln!(text, "{}", style.wrap(2, &facts));
     let agent = &node.agent;
     let up = answer.at.since(agent.started_at);
-    let share = 100.0 * agent.cost.cpu_ns as f64 / up.0.max(1) as f64;
+    // At first it is the start that costs, which says nothing about a share.
+    let cpu = if up < SHARE_AFTER {
+        format!("{} of CPU time", Nanos(agent.cost.cpu_ns))
+    } else {
+        format!("{:.1} % of a CPU", 100.0 * agent.cost.cpu_ns as f64 / up.0 as f64)
+    };
     let mib = agent.cost.resident_bytes as f64 / f64::from(1 << 20);
-    let facts = format!(
-        "agent {} up {}, itself {share:.1} % of a CPU and {mib:.0} MiB",
-        agent.version,
-        style::age(up)
-    );
+    let facts =
+        format!("agent {} up {}, itself {cpu} and {mib:.0} MiB", agent.version, style::age(up));
     let _ = writeln!(text, "{}", style.wrap(2, &facts));
     for reason in &answer.not_ready {
         let line = style.wrap(2, &format!("✗ not ready: {}", super::OneLine(reason)));
