@@ -226,18 +226,23 @@ impl Agent {
 
     /// Reads the node.
     fn sample(&mut self, at: Nanos) -> Sample {
-        let mut reading = self.sense.sample(at);
+        let reading = self.sense.sample(at);
         for id in &reading.gone {
             self.forget(id);
         }
         self.weights.begin(at);
-        let mut vms = BTreeMap::new();
+        let mut vms = Vec::with_capacity(reading.vms.len());
+        // Both are in the order of the names.
+        let mut readings = reading.vms.into_iter().peekable();
         for (id, vm) in self.sense.vms() {
-            let Some(read) = reading.vms.remove(id) else { continue };
-            let seen = self
-                .vms
-                .entry(id.clone())
-                .or_insert_with(|| Seen::new(at, self.config.classes_of.class_of(id).clone()));
+            let Some((_, read)) = readings.next_if(|(of, _)| of == id) else { continue };
+            let seen = match self.vms.get_mut(id) {
+                Some(seen) => seen,
+                None => {
+                    let class = self.config.classes_of.class_of(id).clone();
+                    self.vms.entry(id.clone()).or_insert(Seen::new(at, class))
+                }
+            };
             if let Some(runq) = &read.runq {
                 self.recent.add(id, at, runq);
             }
@@ -249,8 +254,8 @@ impl Agent {
             }
             seen.usage(&read);
             let active = read.runq.as_ref().is_none_or(|runq| !runq.counts.is_empty());
-            let cpu_weight = self.weights.get(&self.act, vm, active);
-            let original = self.act.original(id).or_else(|| self.weights.original(id));
+            let (cpu_weight, first_read) = self.weights.get(&self.act, vm, active);
+            let original = self.act.original(id).or(first_read);
             let sample = VmSample {
                 class: seen.class.clone(),
                 vcpus: vm.vcpus,
@@ -261,7 +266,7 @@ impl Agent {
                 cpu_weight,
                 cpu_weight_original: original,
             };
-            vms.insert(id.clone(), sample);
+            vms.push((id.clone(), sample));
         }
         self.facts.busy(at, &reading.host);
         self.host = Some(reading.host.clone());
@@ -269,7 +274,7 @@ impl Agent {
             seq: self.seq,
             at,
             host: reading.host,
-            vms,
+            vms: BTreeMap::from_iter(vms),
             outcomes: std::mem::take(&mut self.outcomes),
         }
     }

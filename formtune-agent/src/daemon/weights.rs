@@ -33,13 +33,13 @@ impl Weights {
         self.now = now;
     }
 
-    /// The weight of a VM, at most a second old while it runs.
-    pub fn get(&mut self, act: &Act, vm: &Vm, active: bool) -> Option<Weight> {
+    /// The weight of a VM, at most a second old while it runs, and as first read.
+    pub fn get(&mut self, act: &Act, vm: &Vm, active: bool) -> (Option<Weight>, Option<Weight>) {
         let every = if active { ACTIVE_EVERY } else { IDLE_EVERY };
         if let Some(known) = self.vms.get(&vm.id)
             && self.now.since(known.read_at) < every
         {
-            return known.weight;
+            return (known.weight, known.original);
         }
         let read = act.read_weight(vm);
         let known = self.vms.entry(vm.id.clone()).or_insert(Known {
@@ -62,7 +62,7 @@ impl Weights {
                 }
             }
         }
-        known.weight
+        (known.weight, known.original)
     }
 
     /// The weight as first read.

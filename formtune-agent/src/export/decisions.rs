@@ -58,10 +58,10 @@ impl DecisionLog {
         let mut entered = Vec::new();
         for decision in &plan.decisions {
             self.count(decision.action, mode);
-            if !self.vms.contains_key(&decision.vm) {
-                self.vms.insert(decision.vm.clone(), PerVm::default());
-            }
-            let vm = self.vms.get_mut(&decision.vm).expect("inserted above");
+            let vm = match self.vms.get_mut(&decision.vm) {
+                Some(vm) => vm,
+                None => self.vms.entry(decision.vm.clone()).or_default(),
+            };
             if vm.is_news(decision, plan.at) {
                 self.seq += 1;
                 let record = Arc::new(record(self.seq, decision, plan, mode, unix_ms));

@@ -117,6 +117,8 @@ pub struct Sense {
     tracked: BTreeMap<PathBuf, Tracked>,
     paths: BTreeMap<VmId, PathBuf>,
     vms: BTreeMap<VmId, Arc<Vm>>,
+    /// Something is new, or still waits for its name.
+    to_identify: bool,
     host_cpu: HostCpu,
     cost: CostMeter,
     sampling_shift: u8,
@@ -129,6 +131,8 @@ pub struct Sense {
 struct Tracked {
     group: Group,
     slot: slots::Slot,
+    /// Its number at the block sensor.
+    block: u32,
     totals: RunqTotals,
     usage: UsageReader,
     found_at: Nanos,
@@ -186,6 +190,7 @@ impl Sense {
             tracked: BTreeMap::new(),
             paths: BTreeMap::new(),
             vms: BTreeMap::new(),
+            to_identify: false,
             host_cpu: HostCpu::open(),
             cost: CostMeter::new(programs),
             sampling_shift: 0,
@@ -204,6 +209,7 @@ impl Sense {
             self.tracked.values_mut().for_each(|tracked| tracked.slot.forget_holder(slot));
         }
         for found in self.discovery.take().collect::<Vec<_>>() {
+            self.to_identify = true;
             match found {
                 Found::Domains(domains) => self.domains = domains,
                 Found::Change(Change::Appeared(group, ids)) => self.track(group, &ids, now),
@@ -211,14 +217,16 @@ impl Sense {
                     if let Some(tracked) = self.tracked.get_mut(&group.path) {
                         self.tcp.track(&group.path, &ids, now);
                         self.slots.regroup(&mut tracked.slot, &ids);
-                        self.block.track(&group.path, &ids, now);
+                        tracked.block = self.block.track(&group.path, &ids, now);
                         tracked.group = group;
                     }
                 }
                 Found::Change(Change::Gone(path)) => gone.extend(self.untrack(&path, now)),
             }
         }
-        self.identify(now, &mut appeared, &mut gone);
+        if std::mem::take(&mut self.to_identify) {
+            self.identify(now, &mut appeared, &mut gone);
+        }
         for tracked in self.tracked.values_mut() {
             self.slots.ensure(&mut tracked.slot);
         }
@@ -299,9 +307,10 @@ impl Sense {
         self.tcp.track(&group.path, ids, now);
         let mut slot = slots::Slot::default();
         self.slots.regroup(&mut slot, ids);
-        self.block.track(&group.path, ids, now);
+        let block = self.block.track(&group.path, ids, now);
         let tracked = Tracked {
             slot,
+            block,
             totals: RunqTotals::default(),
             usage: UsageReader::new(self.hierarchies.version),
             found_at: now,
@@ -349,6 +358,7 @@ impl Sense {
                 (None, None) => {
                     let claimable = group.machine.is_some() && self.has_hypervisor;
                     if claimable && now.since(tracked.found_at) < CLAIM {
+                        self.to_identify = true;
                         continue;
                     }
                     (group.name.clone(), None, Owner::Cgroup, group.vcpus)
@@ -397,7 +407,7 @@ impl Sense {
 
     /// Reads all counters; the second is why they cannot be relied on, if so.
     fn read(&mut self, now: Nanos) -> (BTreeMap<VmId, VmReading>, Option<String>) {
-        let mut vms = BTreeMap::new();
+        let mut vms = Vec::with_capacity(self.tracked.len());
         let mut held_by = Vec::new();
         let (mut counted, mut discarded) = (0, 0);
         for (path, tracked) in &mut self.tracked {
@@ -422,10 +432,12 @@ impl Sense {
                 cpu_usage_ns: usage.cpu_ns,
                 throttled_ns: usage.throttled_ns,
                 quota_periods: usage.periods,
-                block: self.block.interval(path),
+                block: self.block.interval(tracked.block),
             };
-            vms.insert(vm.id.clone(), reading);
+            vms.push((vm.id.clone(), reading));
         }
+        // At once, which is faster than one by one.
+        let mut vms = BTreeMap::from_iter(vms);
         self.name_holders(held_by, &mut vms);
         self.health.counted += counted;
         self.health.discarded += discarded;

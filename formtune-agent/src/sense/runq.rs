@@ -116,6 +116,8 @@ struct LastRow {
     wait_ns: u64,
     unblamed_ns: u64,
     held: [Held; HOLDERS],
+    /// No wait was in a bucket below, so far.
+    lowest: usize,
     /// Allocated when the VM first runs on that CPU.
     buckets: Option<Box<[u32; BUCKETS]>>,
 }
@@ -184,7 +186,8 @@ impl RunqReader {
             // The probe writes `count` last: what belongs to it is there, and what comes
             // meanwhile is found by the next reading at the latest, as it raises `count`.
             fence(Ordering::Acquire);
-            totals.count += u64::from(count.wrapping_sub(last.count));
+            let mut left = count.wrapping_sub(last.count);
+            totals.count += u64::from(left);
             last.count = count;
             // SAFETY: as above; 64-bit loads of aligned fields are not torn.
             let wait_ns = unsafe { wait_ns.read_volatile() };
@@ -208,13 +211,24 @@ impl RunqReader {
                 }
                 *last = now;
             }
-            let old = last.buckets.get_or_insert_with(|| Box::new([0; BUCKETS]));
-            for (at, old) in old.iter_mut().enumerate() {
+            let old = last.buckets.get_or_insert_with(|| {
+                last.lowest = BUCKETS;
+                Box::new([0; BUCKETS])
+            });
+            // As many waits as `count` says are looked for, first where waits were before: a
+            // row is longer than what it holds, and memory is what reading costs. One that
+            // comes meanwhile may stand in for one that is then found by the next reading.
+            for at in (last.lowest..BUCKETS).chain(0..last.lowest) {
+                if left == 0 {
+                    break;
+                }
                 // SAFETY: `at` is less than BUCKETS.
                 let new = read(unsafe { buckets.add(at) });
-                let counted = new.wrapping_sub(*old);
+                let counted = new.wrapping_sub(old[at]);
                 if counted != 0 {
-                    *old = new;
+                    old[at] = new;
+                    left = left.saturating_sub(counted);
+                    last.lowest = last.lowest.min(at);
                     scratch.0[at] = scratch.0[at].saturating_add(counted);
                     (first, end) = (first.min(at), end.max(at + 1));
                 }

@@ -54,6 +54,8 @@ pub struct Block {
     vms: BTreeMap<PathBuf, BlockVm>,
     /// By number.
     paths: BTreeMap<u32, PathBuf>,
+    /// Numbers of VMs of which a cgroup is counted.
+    measured: BTreeSet<u32>,
     /// Number of the next VM. None is given twice, so no request is charged to the wrong one.
     next: u32,
     resting: VecDeque<(Nanos, u32)>,
@@ -143,6 +145,7 @@ impl Block {
             table: Table::new(sizes.table),
             vms: BTreeMap::new(),
             paths: BTreeMap::new(),
+            measured: BTreeSet::new(),
             next: HOST + 1,
             resting: VecDeque::new(),
             rows: Rows::new(sizes.rows),
@@ -163,12 +166,13 @@ impl Block {
         self.probe.as_ref().map_or_else(Vec::new, BlockProbe::programs)
     }
 
-    /// A VM that appeared, or whose cgroups are others now.
-    pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) {
+    /// A VM that appeared, or whose cgroups are others now. Its number, for
+    /// [`Self::interval`].
+    pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) -> u32 {
         if let Some(vm) = self.vms.get_mut(path) {
             vm.known.clone_from(ids);
             vm.looked_at = None;
-            return;
+            return vm.number;
         }
         let vm = BlockVm {
             number: self.next,
@@ -181,12 +185,14 @@ impl Block {
         self.paths.insert(self.next, path.into());
         self.vms.insert(path.into(), vm);
         self.next += 1;
+        self.next - 1
     }
 
     /// Takes a VM's cgroups out of the table; its rows rest.
     pub fn untrack(&mut self, path: &Path, now: Nanos) {
         let Some(vm) = self.vms.remove(path) else { return };
         self.paths.remove(&vm.number);
+        self.measured.remove(&vm.number);
         for id in vm.counted {
             self.forget(id);
         }
@@ -217,11 +223,11 @@ impl Block {
         }
     }
 
-    /// Times from queued to done since the last reading, over all devices and operations;
-    /// `None` if the VM is not measured.
-    pub fn interval(&self, vm: &Path) -> Option<RunqInterval> {
-        let vm = self.vms.get(vm).filter(|vm| !vm.counted.is_empty())?;
-        Some(self.intervals.get(&vm.number).cloned().unwrap_or_default())
+    /// Takes the times from queued to done since the last reading, over all devices and
+    /// operations, of the VM with this number; `None` if it is not measured. Asked for every
+    /// VM at every reading, hence by number: paths are slow to compare.
+    pub fn interval(&mut self, vm: u32) -> Option<RunqInterval> {
+        self.measured.contains(&vm).then(|| self.intervals.remove(&vm).unwrap_or_default())
     }
 
     /// A VM's requests since it was first seen; `None` if it is not measured.
@@ -313,6 +319,11 @@ impl Block {
                         break;
                     }
                 };
+            }
+            if vm.counted.is_empty() {
+                self.measured.remove(&vm.number);
+            } else {
+                self.measured.insert(vm.number);
             }
         }
     }

@@ -149,10 +149,11 @@ impl Host {
         while let Some((_, slot)) = self.resting.pop_front_if(|(at, _)| now.since(*at) >= REST) {
             self.free.insert(slot);
         }
-        for (path, mut vm) in std::mem::take(&mut self.vms) {
-            self.update(&path, &mut vm, now);
-            self.vms.insert(path, vm);
+        let mut vms = std::mem::take(&mut self.vms);
+        for (path, vm) in &mut vms {
+            self.update(path, vm, now);
         }
+        self.vms = vms;
         if let Some(probe) = &self.probe {
             self.no_vm = probe.row(NO_VM);
         }
@@ -178,10 +179,12 @@ impl Host {
             }
         }
         let Some(probe) = &mut self.probe else { return };
-        for id in vm.ids.difference(&vm.counted).copied().collect::<Vec<_>>() {
-            // What does not fit is tried again with the next reading, and counted until then.
-            if self.table.insert(&mut probe.cgroups, id, slot).is_ok() {
-                vm.counted.insert(id);
+        if vm.counted.len() < vm.ids.len() {
+            for id in vm.ids.difference(&vm.counted).copied().collect::<Vec<_>>() {
+                // What does not fit is tried again with the next reading.
+                if self.table.insert(&mut probe.cgroups, id, slot).is_ok() {
+                    vm.counted.insert(id);
+                }
             }
         }
         let row = probe.row(host_row(slot));
