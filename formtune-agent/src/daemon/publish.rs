@@ -218,6 +218,7 @@ impl Agent {
                 cpu_root: health.hierarchies.cpu.clone(),
             },
             libvirt: facts.libvirt.clone(),
+            domains_without_cgroup: u64::from(health.domains_without_cgroup),
             modes: self.config.policy.modes,
             enforce_blocked: facts.barred.clone(),
             probe: ProbeState {

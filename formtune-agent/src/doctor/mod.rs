@@ -61,8 +61,9 @@ pub fn examine(config: &Config, waiting: impl FnOnce() + Send + 'static) -> Vec<
     checks.push(kernel::program(hierarchies.as_ref(), may_load));
     checks.extend(kernel::tcp(hierarchies.as_ref(), may_load));
     checks.push(block::program(hierarchies.as_ref(), may_load));
-    checks.push(node::libvirt(config, waiting));
-    checks.extend(hierarchies.map(|hierarchies| node::vms(config, &hierarchies)));
+    let (libvirt, domains) = node::libvirt(config, waiting);
+    checks.push(libvirt);
+    checks.extend(hierarchies.map(|hierarchies| node::vms(config, &hierarchies, &domains)));
     let running = node::agent_running(config);
     checks.push(node::journal(config, running));
     checks.push(node::socket(config, running));

@@ -3,7 +3,7 @@
 use super::Check;
 use crate::act;
 use crate::config::Config;
-use crate::hypervisor::{Hypervisor, HypervisorError};
+use crate::hypervisor::{Domain, Hypervisor, HypervisorError};
 use crate::sense::cgroup::Hierarchies;
 use crate::sense::inventory::{Change, Tree};
 use crate::vm::CgroupVersion;
@@ -67,29 +67,34 @@ fn undelegated(hierarchies: &Hierarchies) -> Option<std::path::PathBuf> {
         .find(|folder| holds_vms(folder) && !hands_down(folder))
 }
 
-pub(super) fn libvirt(config: &Config, waiting: impl FnOnce() + Send + 'static) -> Check {
+/// How libvirt stands, and which domains it has running.
+pub(super) fn libvirt(
+    config: &Config,
+    waiting: impl FnOnce() + Send + 'static,
+) -> (Check, Vec<Domain>) {
     let name = "libvirt";
     let Some(uri) = &config.libvirt_uri else {
         let remedy = "set `libvirt = \"qemu:///system\"` if libvirt runs these VMs: it owns their \
                       weights then";
-        return Check::note(name, "not used, as configured: VMs are found by cgroup only", remedy);
+        let found = "not used, as configured: VMs are found by cgroup only";
+        return (Check::note(name, found, remedy), Vec::new());
     };
     let asked = with_notice(waiting, || {
         let hypervisor = Hypervisor::connect(uri)?;
-        Ok((hypervisor.versions()?, hypervisor.domains()?.len()))
+        Ok((hypervisor.versions()?, hypervisor.domains()?))
     });
-    match asked {
-        Ok((versions, running)) => {
+    let check = match asked {
+        Ok((versions, domains)) => {
             let found = format!(
                 "libvirt {} at {uri}, QEMU {}, running: {}",
                 versions.libvirt,
                 versions.hypervisor,
-                match running {
+                match domains.len() {
                     1 => "1 domain".into(),
                     n => format!("{n} domains"),
                 }
             );
-            Check::ok(name, found)
+            return (Check::ok(name, found), domains);
         }
         Err(error @ HypervisorError::NotBuilt) => Check::note(
             name,
@@ -102,7 +107,8 @@ pub(super) fn libvirt(config: &Config, waiting: impl FnOnce() + Send + 'static) 
             "start it (`systemctl start libvirtd` or `virtqemud`), or set `libvirt = \"off\"`; \
              without it VMs are found and changed through cgroups, which systemd may undo",
         ),
-    }
+    };
+    (check, Vec::new())
 }
 
 /// Does `work`, and calls `waiting` once if that takes long.
@@ -119,10 +125,40 @@ fn with_notice<T>(waiting: impl FnOnce() + Send + 'static, work: impl FnOnce() -
     result
 }
 
-pub(super) fn vms(config: &Config, hierarchies: &Hierarchies) -> Check {
+/// Which VMs would be found; `domains` are those that libvirt has running.
+pub(super) fn vms(config: &Config, hierarchies: &Hierarchies, domains: &[Domain]) -> Check {
     let mut changes = Vec::new();
     Tree::new(&hierarchies.cpu, &config.sense.patterns).scan(&mut changes);
-    let found = changes.iter().filter(|change| matches!(change, Change::Appeared(..))).count();
+    let groups = || {
+        changes.iter().filter_map(|change| match change {
+            Change::Appeared(group, _) => Some(group),
+            _ => None,
+        })
+    };
+    let has_cgroup = |domain: &&Domain| {
+        groups().any(|group| {
+            group.machine.as_ref().is_some_and(|machine| machine.is(domain.id, &domain.name))
+        })
+    };
+    let without: Vec<&str> = domains
+        .iter()
+        .filter(|domain| !has_cgroup(domain))
+        .map(|domain| domain.name.as_str())
+        .collect();
+    if !without.is_empty() {
+        return Check::finding(
+            "vms",
+            format!(
+                "no cgroup below {} is that of: {}",
+                hierarchies.cpu.display(),
+                without.join(", ")
+            ),
+            "look at /proc/PID/cgroup of its QEMU: `cpu` must be among `cgroup_controllers` of \
+             libvirt's qemu.conf, and `cgroup_root` be the mount that QEMU is in; until then it \
+             is neither measured nor changed",
+        );
+    }
+    let found = groups().count();
     let patterns = config.sense.patterns.len();
     let by = match patterns {
         0 => "as libvirt names them".into(),
@@ -310,8 +346,33 @@ mod tests {
     #[test]
     fn libvirt_that_is_off_is_only_a_note() {
         let folder = tempfile::tempdir().unwrap();
-        let check = libvirt(&config(folder.path()), || panic!("nothing is waited for"));
-        assert_eq!(check.verdict, Verdict::Note);
+        let (check, domains) = libvirt(&config(folder.path()), || panic!("nothing is waited for"));
+        assert_eq!((check.verdict, domains), (Verdict::Note, Vec::new()));
+    }
+
+    #[test]
+    fn a_domain_without_a_cgroup_is_a_finding() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        let hierarchies = Hierarchies {
+            version: CgroupVersion::V2,
+            cpu: folder.path().to_owned(),
+            ..Hierarchies::find(Path::new("/sys/fs/cgroup")).unwrap()
+        };
+        std::fs::create_dir_all(folder.path().join("machine/qemu-1-web.libvirt-qemu")).unwrap();
+        let domain =
+            |id, name: &str| Domain { name: name.into(), uuid: String::new(), id, vcpus: 1 };
+        let seen = domain(1, "web");
+        let check = vms(&config, &hierarchies, std::slice::from_ref(&seen));
+        assert_eq!(
+            (check.verdict, check.found.as_str().starts_with("1 cgroup")),
+            (Verdict::Ok, true)
+        );
+        // Of that name, but started anew since.
+        let check = vms(&config, &hierarchies, &[seen, domain(2, "db"), domain(3, "web")]);
+        assert_eq!(check.verdict, Verdict::Finding);
+        assert!(check.found.ends_with(" is that of: db, web"), "{}", check.found);
+        assert_eq!(vms(&config, &hierarchies, &[]).verdict, Verdict::Ok);
     }
 
     #[test]

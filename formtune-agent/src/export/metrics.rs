@@ -170,6 +170,14 @@ impl Families<'_> {
                 LibvirtState::Connected { .. } => Some(1.0),
                 LibvirtState::Unreachable { .. } => Some(0.0),
             },
+        )?;
+        self.one(
+            "formtune_libvirt_domains_without_cgroup",
+            "Running domains of libvirt's without a cgroup that was found: they are not seen",
+            match node.libvirt {
+                LibvirtState::NotUsed => None,
+                _ => Some(node.domains_without_cgroup as f64),
+            },
         )
     }
 

@@ -49,6 +49,9 @@ pub struct Node {
     pub cgroup: CgroupLayout,
     /// Whether VMs are found and actuated through libvirt.
     pub libvirt: LibvirtState,
+    /// Running domains of libvirt's without a cgroup that was found: neither measured nor
+    /// changed.
+    pub domains_without_cgroup: u64,
     /// How far the agent may go, per knob, as configured.
     pub modes: Modes,
     /// Why `enforce` is held back although configured, e.g. a damaged journal.

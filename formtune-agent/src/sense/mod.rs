@@ -102,6 +102,11 @@ pub struct VmReading {
 /// one of a libvirtd that is not connected.
 const CLAIM: Nanos = Nanos::from_millis(500);
 
+/// How long a VM that is new is looked at with every reading by all sensors.
+const SETTLE: Nanos = Nanos::from_secs(3);
+/// Time between two readings of retransmissions, when nothing is new.
+const TCP_EVERY: Nanos = Nanos::from_secs(1);
+
 /// Discarded switches in one reading, and their share of all, from which on the counts
 /// cannot be relied on.
 const DISCARDED_MIN: u64 = 10;
@@ -119,6 +124,9 @@ pub struct Sense {
     vms: BTreeMap<VmId, Arc<Vm>>,
     /// Something is new, or still waits for its name.
     to_identify: bool,
+    /// Until then cgroups of what is new may still appear.
+    settled_at: Nanos,
+    tcp_at: Nanos,
     host_cpu: HostCpu,
     cost: CostMeter,
     sampling_shift: u8,
@@ -191,6 +199,8 @@ impl Sense {
             paths: BTreeMap::new(),
             vms: BTreeMap::new(),
             to_identify: false,
+            settled_at: Nanos(0),
+            tcp_at: Nanos(0),
             host_cpu: HostCpu::open(),
             cost: CostMeter::new(programs),
             sampling_shift: 0,
@@ -225,15 +235,17 @@ impl Sense {
             }
         }
         if std::mem::take(&mut self.to_identify) {
+            self.settled_at = Nanos(now.0 + SETTLE.0);
             self.identify(now, &mut appeared, &mut gone);
-        }
-        for tracked in self.tracked.values_mut() {
-            self.slots.ensure(&mut tracked.slot);
         }
         self.block.read(now);
         let (vms, blind) = self.read(now);
         self.files.read(&self.hierarchies, &mut self.tracked, now);
-        self.tcp.sample(now);
+        // Nothing is decided by these, so that they may be a second old.
+        if now < self.settled_at || now.since(self.tcp_at) >= TCP_EVERY {
+            self.tcp_at = now;
+            self.tcp.sample(now);
+        }
         self.slots.flush_log();
         self.update_health();
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
@@ -410,7 +422,12 @@ impl Sense {
         let mut vms = Vec::with_capacity(self.tracked.len());
         let mut held_by = Vec::new();
         let (mut counted, mut discarded) = (0, 0);
+        let (mut measured, mut cgroups_not_measured) = (0, 0);
+        // One pass for everything: what a thousand VMs cost is to get at their memory.
         for (path, tracked) in &mut self.tracked {
+            self.slots.ensure(&mut tracked.slot);
+            measured += u32::from(tracked.slot.is_measured());
+            cgroups_not_measured += tracked.slot.not_counted();
             let before = (tracked.totals.count, tracked.totals.discarded);
             let mut held = HeldBy::default();
             let runq = self.slots.read(&mut tracked.slot, &mut tracked.totals, &mut held);
@@ -439,6 +456,8 @@ impl Sense {
         // At once, which is faster than one by one.
         let mut vms = BTreeMap::from_iter(vms);
         self.name_holders(held_by, &mut vms);
+        self.health.not_measured = self.tracked.len() as u32 - measured;
+        self.health.cgroups_not_measured = cgroups_not_measured;
         self.health.counted += counted;
         self.health.discarded += discarded;
         let share = discarded as f64 / (counted + discarded).max(1) as f64;
@@ -474,14 +493,14 @@ impl Sense {
     }
 
     fn update_health(&mut self) {
-        let measured = self.tracked.values().filter(|t| t.slot.is_measured()).count();
         self.health.slots_used = self.slots.used();
-        self.health.not_measured = (self.tracked.len() - measured) as u32;
         (self.health.cgroups, self.health.cgroups_spilled) = self.slots.cgroups();
-        self.health.cgroups_not_measured =
-            self.tracked.values().map(|t| t.slot.not_counted()).sum();
-        let owned = self.vms.values().filter(|vm| vm.uuid.is_some()).count();
-        self.health.domains_without_cgroup = self.domains.len().saturating_sub(owned) as u32;
+        self.health.domains_without_cgroup = if self.domains.is_empty() {
+            0
+        } else {
+            let owned = self.vms.values().filter(|vm| vm.uuid.is_some()).count();
+            self.domains.len().saturating_sub(owned) as u32
+        };
     }
 }
 

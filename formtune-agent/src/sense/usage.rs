@@ -32,7 +32,7 @@ impl HostCpu {
         // The `cpu` lines come first; `intr`, which may be longer than any buffer, follows.
         let text = self.file.as_ref().and_then(|file| read_at_start(file, 1 << 18).ok());
         match text.as_deref().and_then(parse_stat) {
-            Some((cpus, ticks)) => (cpus, Some(ticks * self.tick_ns)),
+            Some((cpus, ticks)) => (cpus, ticks.checked_mul(self.tick_ns)),
             None => {
                 let online = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN);
                 (online.ok().flatten().and_then(|n| n.try_into().ok()).unwrap_or(1), None)
@@ -51,7 +51,9 @@ pub(super) fn parse_stat(text: &str) -> Option<(u32, u64)> {
         .split_whitespace()
         .map_while(|field| field.parse().ok())
         .collect();
-    let busy = [0, 1, 2, 5, 6, 7].iter().filter_map(|&at| all.get(at)).sum();
+    // What adds up to more than there is room for is no reading.
+    let mut busy = [0, 1, 2, 5, 6, 7].iter().filter_map(|&at| all.get(at));
+    let busy = busy.try_fold(0u64, |sum, ticks| sum.checked_add(*ticks))?;
     let cpus = lines.take_while(|line| line.starts_with("cpu")).count();
     Some((cpus.try_into().ok()?, busy))
 }
@@ -266,6 +268,8 @@ mod tests {
         let text = "cpu  100 20 3 4000 500 6 7 80 9 10\ncpu0 1 1\ncpu3 1 1\nintr 12 0\n";
         assert_eq!(parse_stat(text), Some((2, 100 + 20 + 3 + 6 + 7 + 80)));
         assert_eq!(parse_stat("intr 1"), None);
+        // More than there is room for is no reading.
+        assert_eq!(parse_stat(&format!("cpu  {} 1 0 0\n", u64::MAX)), None);
     }
 
     #[test]

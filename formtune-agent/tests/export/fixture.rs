@@ -44,6 +44,7 @@ fn node(log: &DecisionLog) -> Node {
         busy_ratio: Some(0.873),
         cgroup: CgroupLayout { version: CgroupVersion::V2, cpu_root: "/sys/fs/cgroup".into() },
         libvirt: LibvirtState::Connected { uri: "qemu:///system".into() },
+        domains_without_cgroup: 1,
         modes: Modes { cpu_weight: Mode::Enforce },
         enforce_blocked: None,
         probe: ProbeState { method: Some("tp_btf".into()), discarded: 7, ..ProbeState::default() },

@@ -2,6 +2,7 @@
 
 use crate::fixture;
 use formtune_agent::export::metrics::{VMS, text};
+use formtune_agent::export::snapshot::LibvirtState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -95,6 +96,11 @@ fn values_are_those_of_the_snapshot_in_base_units() {
     assert_eq!(value(&samples, "formtune_agent_uptime_seconds", None), Some(3_600.0));
     assert_eq!(value(&samples, "formtune_probe_discarded_total", None), Some(7.0));
     assert_eq!(value(&samples, "formtune_probe_up", None), Some(1.0));
+    let name = "formtune_libvirt_domains_without_cgroup";
+    assert_eq!(value(&samples, name, None), Some(1.0));
+    let mut without = fixture::snapshot();
+    without.node.libvirt = LibvirtState::NotUsed;
+    assert_eq!(value(&parse(&text(&Arc::new(without))), name, None), None);
 }
 
 #[test]

@@ -56,6 +56,8 @@ pub struct Block {
     paths: BTreeMap<u32, PathBuf>,
     /// Numbers of VMs of which a cgroup is counted.
     measured: BTreeSet<u32>,
+    /// No VM's cgroups have to be looked for before.
+    look_due: Nanos,
     /// Number of the next VM. None is given twice, so no request is charged to the wrong one.
     next: u32,
     resting: VecDeque<(Nanos, u32)>,
@@ -146,6 +148,7 @@ impl Block {
             vms: BTreeMap::new(),
             paths: BTreeMap::new(),
             measured: BTreeSet::new(),
+            look_due: Nanos(0),
             next: HOST + 1,
             resting: VecDeque::new(),
             rows: Rows::new(sizes.rows),
@@ -169,6 +172,7 @@ impl Block {
     /// A VM that appeared, or whose cgroups are others now. Its number, for
     /// [`Self::interval`].
     pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) -> u32 {
+        self.look_due = now;
         if let Some(vm) = self.vms.get_mut(path) {
             vm.known.clone_from(ids);
             vm.looked_at = None;
@@ -288,6 +292,10 @@ impl Block {
     /// Tells the probe of cgroups that have come and of those that are gone.
     fn look(&mut self, now: Nanos) {
         let Some(probe) = &mut self.probe else { return };
+        if now < self.look_due {
+            return;
+        }
+        self.look_due = Nanos(now.0 + LOOK.0);
         for (path, vm) in &mut self.vms {
             let interval = match vm.ids {
                 _ if now.since(vm.found_at) < FRESH => LOOK_FRESH,
@@ -297,6 +305,8 @@ impl Block {
             let due = vm.looked_at.is_none_or(|at| now.since(at) >= interval);
             let complete = vm.ids.as_ref().is_none_or(|ids| ids.len() == vm.counted.len());
             if !due && complete {
+                let at = Nanos(vm.looked_at.unwrap_or(now).0 + interval.0);
+                self.look_due = self.look_due.min(at);
                 continue;
             }
             if due {
@@ -320,6 +330,9 @@ impl Block {
                     }
                 };
             }
+            // Then it is seen when exactly; what does not fit is tried again with every reading.
+            let wait = if ids.len() == vm.counted.len() { LOOK_FRESH } else { Nanos(0) };
+            self.look_due = self.look_due.min(Nanos(now.0 + wait.0));
             if vm.counted.is_empty() {
                 self.measured.remove(&vm.number);
             } else {
