@@ -10,9 +10,14 @@ use std::process::Command;
 /// The keys that sign every Debian suite; part of every Debian system.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// What this system says it is, os-release(5).
+pub fn os_release() -> Option<String> {
+    fs::read_to_string("/etc/os-release").ok()
+}
+
 /// The code name of this Debian release, e.g. `bookworm`; `None` elsewhere.
 pub fn codename() -> Option<String> {
-    let release = fs::read_to_string("/etc/os-release").ok()?;
+    let release = os_release()?;
     let value = |key: &str| {
         release
             .lines()

@@ -6,6 +6,7 @@
 
 pub mod apt;
 mod ebpf;
+mod elsewhere;
 mod needs;
 
 use crate::sh;
@@ -187,11 +188,19 @@ fn print_commands(missing: &[&Need], packages: &[&str]) {
         for need in missing {
             eprintln!("  {} ({})", need.what, need.package);
         }
-        eprintln!(
-            "Install them by this system's own means. The compiler for the probes is, for one:"
-        );
-        for command in RUSTUP_ROUTE {
-            eprintln!("  {command}");
+        let of_compiler = |package: &&&str| needs::COMPILER_PACKAGES.contains(package);
+        let compiler = packages.iter().any(|package| of_compiler(&package));
+        match elsewhere::install(packages) {
+            Some(commands) => eprint!("To install it, run:\n{commands}"),
+            None if packages.iter().all(|package| of_compiler(&package)) => {
+                eprintln!("To install it, run:");
+            }
+            None => eprintln!("Install it by this system's own means."),
+        }
+        if compiler {
+            for command in RUSTUP_ROUTE {
+                eprintln!("  {command}");
+            }
         }
         return;
     };

@@ -92,6 +92,12 @@ pub fn missing(purposes: &[Purpose]) -> Vec<&'static Need> {
         .collect()
 }
 
+/// Every package that something may bring.
+#[cfg(test)]
+pub fn all_packages() -> Vec<&'static str> {
+    NEEDS.iter().flat_map(Need::packages).collect()
+}
+
 fn qemu_is_sound() -> bool {
     let Ok(out) = Command::new("qemu-system-x86_64").arg("--version").output() else {
         return false;
