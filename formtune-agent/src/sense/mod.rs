@@ -102,11 +102,6 @@ pub struct VmReading {
 /// one of a libvirtd that is not connected.
 const CLAIM: Nanos = Nanos::from_millis(500);
 
-/// How long a VM that is new is looked at with every reading by all sensors.
-const SETTLE: Nanos = Nanos::from_secs(3);
-/// Time between two readings of retransmissions, when nothing is new.
-const TCP_EVERY: Nanos = Nanos::from_secs(1);
-
 /// Discarded switches in one reading, and their share of all, from which on the counts
 /// cannot be relied on.
 const DISCARDED_MIN: u64 = 10;
@@ -124,9 +119,6 @@ pub struct Sense {
     vms: BTreeMap<VmId, Arc<Vm>>,
     /// Something is new, or still waits for its name.
     to_identify: bool,
-    /// Until then cgroups of what is new may still appear.
-    settled_at: Nanos,
-    tcp_at: Nanos,
     host_cpu: HostCpu,
     cost: CostMeter,
     sampling_shift: u8,
@@ -199,8 +191,6 @@ impl Sense {
             paths: BTreeMap::new(),
             vms: BTreeMap::new(),
             to_identify: false,
-            settled_at: Nanos(0),
-            tcp_at: Nanos(0),
             host_cpu: HostCpu::open(),
             cost: CostMeter::new(programs),
             sampling_shift: 0,
@@ -235,17 +225,12 @@ impl Sense {
             }
         }
         if std::mem::take(&mut self.to_identify) {
-            self.settled_at = Nanos(now.0 + SETTLE.0);
             self.identify(now, &mut appeared, &mut gone);
         }
         self.block.read(now);
         let (vms, blind) = self.read(now);
         self.files.read(&self.hierarchies, &mut self.tracked, now);
-        // Nothing is decided by these, so that they may be a second old.
-        if now < self.settled_at || now.since(self.tcp_at) >= TCP_EVERY {
-            self.tcp_at = now;
-            self.tcp.sample(now);
-        }
+        self.tcp.sample(now);
         self.slots.flush_log();
         self.update_health();
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
