@@ -9,12 +9,12 @@ use formtune_tests::agent::program;
 use formtune_tests::frames::Wire;
 use formtune_tests::net;
 use formtune_tests::payload::Agent;
+use formtune_tests::taps::{self, TapGuest};
 use formtune_tests::twin::Twin;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 struct Sensing {
@@ -118,53 +118,12 @@ fn what_the_host_sends_again_is_counted_for_the_vm_whose_socket_it_is() {
     assert_eq!(sensing.host(&idle.id()), Some(HostCounts::default()));
 }
 
-/// A process of a VM that holds a tap device and puts on it what it is told to, as a guest
-/// would.
-struct Guest {
-    member: Option<Member>,
-    /// Frames, each with its length before it. It ends when this is closed.
-    frames: Option<File>,
-}
-
-impl Guest {
-    fn start(group: &VmCgroup, tap: &str) -> Self {
-        let (mut read, write) =
-            nix::unistd::pipe().map(|(r, w)| (File::from(r), File::from(w))).unwrap();
-        let writer = std::os::fd::AsRawFd::as_raw_fd(&write);
-        let member = Member::start(group, "emulator", None, || {
-            let _ = nix::unistd::close(writer);
-            let Ok(tap) = net::tap(tap) else { return };
-            let mut tap = File::from(tap);
-            let (mut length, mut frame) = ([0; 2], [0; 4096]);
-            while read.read_exact(&mut length).is_ok() {
-                let length = usize::from(u16::from_be_bytes(length));
-                if read.read_exact(&mut frame[..length]).is_err() {
-                    return;
-                }
-                let _ = tap.write_all(&frame[..length]);
-            }
-        });
-        Self { member: Some(member), frames: Some(write) }
-    }
-
-    fn send(&mut self, frame: &[u8]) {
-        let pipe = self.frames.as_mut().unwrap();
-        pipe.write_all(&(frame.len() as u16).to_be_bytes()).unwrap();
-        pipe.write_all(frame).unwrap();
-    }
-
-    fn end(mut self) {
-        self.frames = None;
-        self.member.take().unwrap().join();
-    }
-}
-
 #[test]
 fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     net::own_namespace().unwrap();
     let (busy, idle) = (VmCgroup::new("ft-tap-busy"), VmCgroup::new("ft-tap-idle"));
     let mut sensing = Sensing::open(&[&busy, &idle]);
-    let mut guest = Guest::start(&busy, "ft-tap0");
+    let mut guest = TapGuest::start(&busy, &["ft-tap0"]);
     let limit = Duration::from_secs(1);
     let has_tap =
         |counts: &Option<GuestCounts>| counts.as_ref().is_some_and(|c| !c.taps.is_empty());
@@ -217,14 +176,7 @@ fn on_device(device: &str, method: TapMethod) -> (usize, bool) {
             (ingress.len() - other + egress.len(), other == 1)
         }
         TapMethod::Clsact => {
-            let filters = |hook| {
-                let show = ["filter", "show", "dev", device, hook];
-                let shown = Command::new("tc").args(show).output().unwrap();
-                String::from_utf8(shown.stdout).unwrap()
-            };
-            let (ingress, egress) = (filters("ingress"), filters("egress"));
-            let ours = [&ingress, &egress].map(|text| text.matches("formtune_tap").count());
-            (ours[0] + ours[1], ingress.contains("floor_tap"))
+            (taps::our_filters(device), taps::filters(device, "ingress").contains("floor_tap"))
         }
     }
 }
@@ -235,7 +187,7 @@ fn programs_leave_the_device_with_the_agent() {
     const TAP: &str = "ft-tap1";
     net::own_namespace().unwrap();
     let vm = VmCgroup::new("ft-tap-agent");
-    let guest = Guest::start(&vm, TAP);
+    let guest = TapGuest::start(&vm, &[TAP]);
     let limit = Duration::from_secs(10);
     let until = |what: &str, is: &dyn Fn() -> bool| {
         let begun = Instant::now();

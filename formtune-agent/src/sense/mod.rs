@@ -152,7 +152,7 @@ impl Sense {
         raise_limits();
         let kernel = Kernel::open();
         let (slots, runq) = Slots::open(kernel.as_ref(), hierarchies.version, config.max_vms);
-        let mut tcp = Tcp::open(kernel.as_ref(), &hierarchies, config.max_vms);
+        let mut tcp = Tcp::open(kernel.as_ref(), &hierarchies, config);
         let block = Block::open(kernel.as_ref(), &hierarchies, config.max_vms);
         drop(kernel);
         let mut programs = slots.programs();

@@ -2,6 +2,7 @@
 //! only room that names aya.
 
 mod block;
+mod clsact;
 mod cost;
 mod floor;
 mod mapped;
@@ -10,6 +11,7 @@ mod runq;
 mod tap;
 
 pub use block::{BLOCK_RQ_COMPLETE, BlockProbe, BlockSizes};
+pub use clsact::{Left, Owner};
 pub use cost::{Cost, CostMeter};
 pub use floor::Floor;
 pub use retransmit::{RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB};

@@ -74,8 +74,7 @@ pub(super) struct Guest {
 
 impl Guest {
     /// Loads the probe, and starts the thread. Without either, all else still works.
-    pub fn open(max_vms: u32) -> Self {
-        let method = TapMethod::of_kernel();
+    pub fn open(max_vms: u32, method: TapMethod) -> Self {
         let (probe, state, sizes) = match load(max_vms, method) {
             Ok((probe, sizes)) => (Some((probe, sizes)), ProbeState::Loaded, sizes.places),
             Err(error) => (None, unavailable(FORMTUNE_TAP_TX, &error, WITHOUT), 0),

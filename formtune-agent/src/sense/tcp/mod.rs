@@ -12,12 +12,12 @@ mod taps;
 pub use guest::{GuestCounts, GuestHealth};
 pub use host::{HostCounts, HostHealth};
 
-use super::ProbeState;
 use super::cgroup::Hierarchies;
 use super::probes::{
-    FORMTUNE_TAP_TX, Kernel, ProbeError, RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB,
-    TapMethod, TapProbe, TapSizes,
+    FORMTUNE_TAP_TX, Kernel, Left, Owner, ProbeError, RetransmitProbe, RetransmitSizes,
+    TCP_RETRANSMIT_SKB, TapMethod, TapProbe, TapSizes,
 };
+use super::{ProbeState, SenseConfig};
 use formtune_core::units::Nanos;
 use guest::Guest;
 use host::Host;
@@ -54,9 +54,13 @@ impl Tcp {
     pub fn open(
         kernel: Result<&Kernel, &ProbeError>,
         hierarchies: &Hierarchies,
-        max_vms: u32,
+        config: &SenseConfig,
     ) -> Self {
-        Self { host: Host::open(kernel, hierarchies, max_vms), guest: Guest::open(max_vms) }
+        let method = config.tap_method.unwrap_or_else(TapMethod::of_kernel);
+        Self {
+            host: Host::open(kernel, hierarchies, config.max_vms),
+            guest: Guest::open(config.max_vms, method),
+        }
     }
 
     /// Takes the programs of both, to be asked what they cost.
@@ -92,6 +96,15 @@ impl Tcp {
     pub fn health(&self) -> TcpHealth {
         TcpHealth { host: self.host.health(), guest: self.guest.health() }
     }
+}
+
+/// Removes what agents that were killed left on the devices of this network namespace: filters,
+/// which only kernels without TCX have.
+///
+/// # Errors
+/// One line; among others, an agent that runs has filters there.
+pub fn clear_taps() -> Result<Vec<Left>, String> {
+    Owner::take()?.clear()
 }
 
 /// Loads the probe of the host's sockets with the least of maps, and unloads it again.

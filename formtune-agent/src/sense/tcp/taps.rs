@@ -6,7 +6,7 @@
 //! when the kernel reports new devices. One that vanishes takes the programs with it; its
 //! place is freed then.
 
-use super::super::probes::{TapLinks, TapProbe, TapSizes};
+use super::super::probes::{Owner, TapLinks, TapMethod, TapProbe, TapSizes};
 use super::super::table::Table;
 use super::find::taps_of;
 use super::guest::{GuestCounts, Published, lock};
@@ -55,6 +55,8 @@ pub struct Follower {
     devices: BTreeSet<u32>,
     read_at: Instant,
     why: Option<String>,
+    /// Given back last. Links need none.
+    owner: Option<Owner>,
 }
 
 struct Vm {
@@ -89,11 +91,16 @@ impl Follower {
             devices: devices(),
             read_at: Instant::now(),
             why: None,
+            owner: None,
         }
     }
 
     /// Until told to stop; the programs leave the devices when this returns.
     pub fn run(mut self, orders: &Receiver<Order>, stop: &AtomicBool) {
+        // Also where no VM comes. Whether it works matters when a device is to be looked at.
+        if let Err(why) = self.own() {
+            tracing::debug!("network devices: {why}");
+        }
         while !stop.load(Ordering::Relaxed) {
             self.wait();
             let mut changed = false;
@@ -201,15 +208,34 @@ impl Follower {
         changed
     }
 
+    /// Sees to it that filters on devices may be this agent's, and that no dead one has any there.
+    ///
+    /// # Errors
+    /// Why not, one line.
+    fn own(&mut self) -> Result<(), String> {
+        if self.probe.method() == TapMethod::Tcx || self.owner.is_some() {
+            return Ok(());
+        }
+        let owner = Owner::take()?;
+        for left in owner.clear()? {
+            match &left.failed {
+                None => tracing::info!("{left}"),
+                Some(_) => tracing::warn!("{left}"),
+            }
+        }
+        self.owner = Some(owner);
+        Ok(())
+    }
+
     /// # Errors
     /// Why not, one line.
     fn attach(&mut self, index: u32, name: &str) -> Result<Tap, String> {
+        self.own()?;
         let place = self.free.pop_front().ok_or("there is room for no more devices")?;
         let attached =
             self.table.insert(&mut self.probe.interfaces, index.into(), place).and_then(|()| {
-                self.probe.attach(name).map_err(|error| {
+                self.probe.attach(name).inspect_err(|_| {
                     let _ = self.table.remove(&mut self.probe.interfaces, index.into());
-                    error.to_string()
                 })
             });
         match attached {
