@@ -2,7 +2,7 @@
 
 use super::clsact::{self, Made};
 use super::mapped::Mapped;
-use super::{CgroupTable, ProbeError, load, map_error, take};
+use super::{CgroupTable, ProbeError, load, map_error, take, verified};
 use crate::sense::table::TableMaps;
 use aya::maps::{Array, MapData};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
@@ -115,7 +115,8 @@ impl TapProbe {
         map.set(0, control, 0).map_err(aya::EbpfError::from)?;
         let mut probe = Self { interfaces, rows, control: map, cpus: sizes.cpus, method, ebpf };
         for (name, _) in PROGRAMS {
-            probe.program(name)?.load()?;
+            let program = probe.program(name)?;
+            verified(|| program.load())?;
         }
         Ok(probe)
     }
