@@ -166,6 +166,60 @@ fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     assert_eq!(sensing.sense.tcp_health().guest.taps, 0);
 }
 
+/// One in four flows is followed, seen wholly and counted four times.
+#[test]
+fn counts_of_a_sample_of_flows_are_without_bias() {
+    // So few that all have room.
+    const FLOWS: u16 = 800;
+    const SHIFT: u8 = 2;
+    net::own_namespace().unwrap();
+    let vm = VmCgroup::new("ft-tap-sampled");
+    let mut sensing = Sensing::open(&[&vm]);
+    let mut guest = TapGuest::start(&vm, &["ft-tap2"]);
+    let limit = Duration::from_secs(10);
+    let has_tap =
+        |counts: &Option<GuestCounts>| counts.as_ref().is_some_and(|c| !c.taps.is_empty());
+    sensing.until(limit, |s| s.guest(&vm.id()), has_tap);
+    // Each sends a segment, and that again twice; returns what was counted of it.
+    let mut before = sensing.guest(&vm.id()).unwrap().sent;
+    let mut round = |sensing: &mut Sensing, seq: u32| {
+        for flow in 0..FLOWS {
+            let frame = Wire::data(flow, seq, 100).v4();
+            (0..3).for_each(|_| guest.send(&frame));
+        }
+        let all = u64::from(FLOWS) * 3;
+        let sent = |s: &mut Sensing| s.guest(&vm.id()).unwrap().sent.since(&before);
+        let counted = sensing.until(limit, sent, |counted| counted.segments >= all);
+        before.add(&counted);
+        assert_eq!((counted.segments, counted.bytes), (all, all * 100));
+        assert_eq!(counted.untracked, 0);
+        counted
+    };
+    let all = u64::from(FLOWS) * 2;
+    assert_eq!(round(&mut sensing, 0).retransmitted, all);
+
+    sensing.sense.sample_one_in(SHIFT);
+    let shift = |s: &mut Sensing| s.sense.tcp_health().guest.sampling_shift;
+    sensing.until(limit, shift, |shift| *shift == u32::from(SHIFT));
+    let counted = round(&mut sensing, 1_000);
+    println!("{counted:?} of {all}");
+    assert_eq!(counted.retransmitted % (2 << SHIFT), 0, "of each flow all or nothing");
+    assert_eq!(counted.retransmitted_bytes, counted.retransmitted * 100);
+    // Six standard deviations of a sum over a random one in four flows.
+    let deviation = (f64::from(FLOWS) * 4.0 * f64::from((1 << SHIFT) - 1)).sqrt();
+    let error = (counted.retransmitted as f64 - all as f64).abs();
+    assert!(error <= 6.0 * deviation, "{error} ± {deviation}");
+    assert_ne!(counted.retransmitted, all, "all were followed");
+
+    // All begin anew, also those of which the last thing known lies gigabytes ahead.
+    sensing.sense.sample_one_in(0);
+    sensing.until(limit, shift, |shift| *shift == 0);
+    // Until what was known of them may make room.
+    std::thread::sleep(Duration::from_millis(2_600));
+    assert_eq!(round(&mut sensing, 0_u32.wrapping_sub(1 << 29)).retransmitted, all);
+    guest.end();
+}
+
 /// Programs of the agent on a device, and whether somebody else's is still on it.
 fn on_device(device: &str, method: TapMethod) -> (usize, bool) {
     match method {

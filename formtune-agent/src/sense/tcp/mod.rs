@@ -82,6 +82,12 @@ impl Tcp {
         self.guest.untrack(vm);
     }
 
+    /// From now on one in 2^shift of the guests' flows is followed, and counts as so many. The
+    /// host's retransmissions are too rare to be sampled.
+    pub fn set_sampling_shift(&mut self, shift: u32) {
+        self.guest.set_sampling_shift(shift);
+    }
+
     /// Reads the counters. Never waits for anything.
     pub fn sample(&mut self, now: Nanos) {
         self.host.sample(now);

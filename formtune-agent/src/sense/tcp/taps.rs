@@ -11,7 +11,7 @@ use super::super::table::Table;
 use super::find::taps_of;
 use super::guest::{GuestCounts, Published, lock};
 use super::links::Links;
-use formtune_common::tcp::TapRow;
+use formtune_common::tcp::{TapControl, TapRow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
@@ -41,10 +41,13 @@ pub enum Order {
     Track(PathBuf),
     /// It is gone.
     Untrack(PathBuf),
+    /// Follow one in 2^this flows.
+    Sample(u32),
 }
 
 pub struct Follower {
     probe: TapProbe,
+    control: TapControl,
     published: Arc<Mutex<Published>>,
     links: Option<Links>,
     table: Table,
@@ -83,6 +86,7 @@ impl Follower {
         }
         Self {
             probe,
+            control: TapControl::default(),
             published,
             links: links.ok(),
             table: Table::new(sizes.table),
@@ -129,7 +133,7 @@ impl Follower {
         }
     }
 
-    /// Whether devices were let go.
+    /// Whether something is to be published.
     fn obey(&mut self, order: Order) -> bool {
         match order {
             Order::Track(path) => {
@@ -141,6 +145,16 @@ impl Follower {
                 let Some(vm) = self.vms.remove(&path) else { return false };
                 for (index, tap) in vm.taps {
                     self.let_go(index, tap);
+                }
+                true
+            }
+            Order::Sample(shift) => {
+                let control = self.control.with_shift(shift);
+                match self.probe.control(control) {
+                    Ok(()) => self.control = control,
+                    Err(error) => {
+                        tracing::warn!("as many TCP flows are followed as before: {error}");
+                    }
                 }
                 true
             }
@@ -281,6 +295,7 @@ impl Follower {
         published.health.taps_not_measured =
             self.vms.values().map(|vm| vm.failed.len() as u32).sum();
         published.health.why.clone_from(&self.why);
+        published.health.sampling_shift = self.control.sampling_shift;
     }
 }
 
