@@ -14,6 +14,7 @@ pub mod prometheus;
 pub mod relay;
 pub mod retransmit;
 pub mod sensing;
+pub mod taps;
 pub mod twin;
 pub mod vm_block;
 pub mod vm_cgroup;

@@ -9,12 +9,12 @@ use formtune_tests::agent::program;
 use formtune_tests::frames::Wire;
 use formtune_tests::net;
 use formtune_tests::payload::Agent;
+use formtune_tests::taps::{self, TapGuest};
 use formtune_tests::twin::Twin;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 struct Sensing {
@@ -118,53 +118,12 @@ fn what_the_host_sends_again_is_counted_for_the_vm_whose_socket_it_is() {
     assert_eq!(sensing.host(&idle.id()), Some(HostCounts::default()));
 }
 
-/// A process of a VM that holds a tap device and puts on it what it is told to, as a guest
-/// would.
-struct Guest {
-    member: Option<Member>,
-    /// Frames, each with its length before it. It ends when this is closed.
-    frames: Option<File>,
-}
-
-impl Guest {
-    fn start(group: &VmCgroup, tap: &str) -> Self {
-        let (mut read, write) =
-            nix::unistd::pipe().map(|(r, w)| (File::from(r), File::from(w))).unwrap();
-        let writer = std::os::fd::AsRawFd::as_raw_fd(&write);
-        let member = Member::start(group, "emulator", None, || {
-            let _ = nix::unistd::close(writer);
-            let Ok(tap) = net::tap(tap) else { return };
-            let mut tap = File::from(tap);
-            let (mut length, mut frame) = ([0; 2], [0; 4096]);
-            while read.read_exact(&mut length).is_ok() {
-                let length = usize::from(u16::from_be_bytes(length));
-                if read.read_exact(&mut frame[..length]).is_err() {
-                    return;
-                }
-                let _ = tap.write_all(&frame[..length]);
-            }
-        });
-        Self { member: Some(member), frames: Some(write) }
-    }
-
-    fn send(&mut self, frame: &[u8]) {
-        let pipe = self.frames.as_mut().unwrap();
-        pipe.write_all(&(frame.len() as u16).to_be_bytes()).unwrap();
-        pipe.write_all(frame).unwrap();
-    }
-
-    fn end(mut self) {
-        self.frames = None;
-        self.member.take().unwrap().join();
-    }
-}
-
 #[test]
 fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     net::own_namespace().unwrap();
     let (busy, idle) = (VmCgroup::new("ft-tap-busy"), VmCgroup::new("ft-tap-idle"));
     let mut sensing = Sensing::open(&[&busy, &idle]);
-    let mut guest = Guest::start(&busy, "ft-tap0");
+    let mut guest = TapGuest::start(&busy, &["ft-tap0"]);
     let limit = Duration::from_secs(1);
     let has_tap =
         |counts: &Option<GuestCounts>| counts.as_ref().is_some_and(|c| !c.taps.is_empty());
@@ -207,6 +166,60 @@ fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     assert_eq!(sensing.sense.tcp_health().guest.taps, 0);
 }
 
+/// One in four flows is followed, seen wholly and counted four times.
+#[test]
+fn counts_of_a_sample_of_flows_are_without_bias() {
+    // So few that all have room.
+    const FLOWS: u16 = 800;
+    const SHIFT: u8 = 2;
+    net::own_namespace().unwrap();
+    let vm = VmCgroup::new("ft-tap-sampled");
+    let mut sensing = Sensing::open(&[&vm]);
+    let mut guest = TapGuest::start(&vm, &["ft-tap2"]);
+    let limit = Duration::from_secs(10);
+    let has_tap =
+        |counts: &Option<GuestCounts>| counts.as_ref().is_some_and(|c| !c.taps.is_empty());
+    sensing.until(limit, |s| s.guest(&vm.id()), has_tap);
+    // Each sends a segment, and that again twice; returns what was counted of it.
+    let mut before = sensing.guest(&vm.id()).unwrap().sent;
+    let mut round = |sensing: &mut Sensing, seq: u32| {
+        for flow in 0..FLOWS {
+            let frame = Wire::data(flow, seq, 100).v4();
+            (0..3).for_each(|_| guest.send(&frame));
+        }
+        let all = u64::from(FLOWS) * 3;
+        let sent = |s: &mut Sensing| s.guest(&vm.id()).unwrap().sent.since(&before);
+        let counted = sensing.until(limit, sent, |counted| counted.segments >= all);
+        before.add(&counted);
+        assert_eq!((counted.segments, counted.bytes), (all, all * 100));
+        assert_eq!(counted.untracked, 0);
+        counted
+    };
+    let all = u64::from(FLOWS) * 2;
+    assert_eq!(round(&mut sensing, 0).retransmitted, all);
+
+    sensing.sense.sample_one_in(SHIFT);
+    let shift = |s: &mut Sensing| s.sense.tcp_health().guest.sampling_shift;
+    sensing.until(limit, shift, |shift| *shift == u32::from(SHIFT));
+    let counted = round(&mut sensing, 1_000);
+    println!("{counted:?} of {all}");
+    assert_eq!(counted.retransmitted % (2 << SHIFT), 0, "of each flow all or nothing");
+    assert_eq!(counted.retransmitted_bytes, counted.retransmitted * 100);
+    // Six standard deviations of a sum over a random one in four flows.
+    let deviation = (f64::from(FLOWS) * 4.0 * f64::from((1 << SHIFT) - 1)).sqrt();
+    let error = (counted.retransmitted as f64 - all as f64).abs();
+    assert!(error <= 6.0 * deviation, "{error} ± {deviation}");
+    assert_ne!(counted.retransmitted, all, "all were followed");
+
+    // All begin anew, also those of which the last thing known lies gigabytes ahead.
+    sensing.sense.sample_one_in(0);
+    sensing.until(limit, shift, |shift| *shift == 0);
+    // Until what was known of them may make room.
+    std::thread::sleep(Duration::from_millis(2_600));
+    assert_eq!(round(&mut sensing, 0_u32.wrapping_sub(1 << 29)).retransmitted, all);
+    guest.end();
+}
+
 /// Programs of the agent on a device, and whether somebody else's is still on it.
 fn on_device(device: &str, method: TapMethod) -> (usize, bool) {
     match method {
@@ -217,14 +230,7 @@ fn on_device(device: &str, method: TapMethod) -> (usize, bool) {
             (ingress.len() - other + egress.len(), other == 1)
         }
         TapMethod::Clsact => {
-            let filters = |hook| {
-                let show = ["filter", "show", "dev", device, hook];
-                let shown = Command::new("tc").args(show).output().unwrap();
-                String::from_utf8(shown.stdout).unwrap()
-            };
-            let (ingress, egress) = (filters("ingress"), filters("egress"));
-            let ours = [&ingress, &egress].map(|text| text.matches("formtune_tap").count());
-            (ours[0] + ours[1], ingress.contains("floor_tap"))
+            (taps::our_filters(device), taps::filters(device, "ingress").contains("floor_tap"))
         }
     }
 }
@@ -235,7 +241,7 @@ fn programs_leave_the_device_with_the_agent() {
     const TAP: &str = "ft-tap1";
     net::own_namespace().unwrap();
     let vm = VmCgroup::new("ft-tap-agent");
-    let guest = Guest::start(&vm, TAP);
+    let guest = TapGuest::start(&vm, &[TAP]);
     let limit = Duration::from_secs(10);
     let until = |what: &str, is: &dyn Fn() -> bool| {
         let begun = Instant::now();

@@ -4,6 +4,8 @@ use super::{Global, OneLine, findings, print};
 use crate::act::{self, ActError, RecoveryReport};
 use crate::config;
 use crate::hypervisor::Hypervisor;
+use crate::sense::probes::Left;
+use crate::sense::tcp;
 use anyhow::{Result, anyhow};
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -52,28 +54,51 @@ pub(super) fn run(global: &Global, args: &Args) -> Result<ExitCode> {
         ),
         error => error.into(),
     })?;
+    let (taps, taps_note) = match tcp::clear_taps() {
+        Ok(taps) => (taps, None),
+        Err(why) => (Vec::new(), Some(format!("filters of tap devices were left: {why}"))),
+    };
+    let report = Report { knobs: report, taps, taps_note };
     match global.json {
         true => print(format_args!("{}\n", serde_json::to_string(&report)?))?,
         false => print(text(&report))?,
     }
     // What a damaged journal no longer tells may still be changed.
-    let good = report.restored.is_complete() && report.damaged.is_none();
+    let good = report.knobs.restored.is_complete()
+        && report.knobs.damaged.is_none()
+        && report.taps.iter().all(|left| left.failed.is_none());
     Ok(if good { super::GOOD } else { findings() })
 }
 
-fn text(report: &RecoveryReport) -> String {
+/// What was done.
+#[derive(Debug, serde::Serialize)]
+struct Report {
+    #[serde(flatten)]
+    knobs: RecoveryReport,
+    /// Devices on which an agent had left filters; only kernels without TCX have any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    taps: Vec<Left>,
+    /// Why nobody looked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    taps_note: Option<String>,
+}
+
+fn text(Report { knobs: report, taps, taps_note }: &Report) -> String {
     let mut text = String::new();
-    if report.restored.knobs.is_empty() {
+    if report.restored.knobs.is_empty() && taps.is_empty() {
         text += "nothing to restore\n";
     }
     for knob in &report.restored.knobs {
         let _ = writeln!(text, "{}", OneLine(knob));
     }
+    for left in taps {
+        let _ = writeln!(text, "{}", OneLine(left));
+    }
     if report.earlier_boot > 0 {
         let _ =
             writeln!(text, "{} changed before the last boot: ended with it", report.earlier_boot);
     }
-    for note in report.damaged.iter().chain(&report.restored.journal) {
+    for note in report.damaged.iter().chain(&report.restored.journal).chain(taps_note) {
         let _ = writeln!(text, "note: {}", OneLine(note));
     }
     text

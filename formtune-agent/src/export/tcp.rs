@@ -77,6 +77,10 @@ pub struct NodeTcp {
     pub taps: u32,
     /// Tap devices of VMs that are not.
     pub unmeasured_taps: u32,
+    /// One in 2^this of the guests' flows is followed, and what it sends again counts 2^this
+    /// times.
+    #[serde(default)]
+    pub sampling_shift: u32,
 }
 
 impl From<TcpCounts> for VmTcp {
@@ -130,6 +134,7 @@ impl From<TcpHealth> for NodeTcp {
             unmeasured_cgroups: host.cgroups_not_measured,
             taps: guest.taps,
             unmeasured_taps: guest.taps_not_measured,
+            sampling_shift: guest.sampling_shift,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Where VMs are looked for.
 
+use super::probes::TapMethod;
 use crate::config::glob::{matches, matching_prefixes};
 use formtune_core::units::VmId;
 use std::fmt;
@@ -15,11 +16,18 @@ pub struct SenseConfig {
     pub patterns: Vec<CgroupPattern>,
     /// VMs measured at once; more are left out and reported.
     pub max_vms: u32,
+    /// How programs get onto tap devices; `None`: in the best way that the kernel has.
+    pub tap_method: Option<TapMethod>,
 }
 
 impl Default for SenseConfig {
     fn default() -> Self {
-        Self { cgroup_root: PathBuf::from("/sys/fs/cgroup"), patterns: Vec::new(), max_vms: 1024 }
+        Self {
+            cgroup_root: PathBuf::from("/sys/fs/cgroup"),
+            patterns: Vec::new(),
+            max_vms: 1024,
+            tap_method: None,
+        }
     }
 }
 

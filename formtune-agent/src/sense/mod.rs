@@ -156,7 +156,7 @@ impl Sense {
         raise_limits();
         let kernel = Kernel::open();
         let (slots, runq) = Slots::open(kernel.as_ref(), hierarchies.version, config.max_vms);
-        let mut tcp = Tcp::open(kernel.as_ref(), &hierarchies, config.max_vms);
+        let mut tcp = Tcp::open(kernel.as_ref(), &hierarchies, config);
         let block = Block::open(kernel.as_ref(), &hierarchies, config.max_vms);
         drop(kernel);
         let mut programs = slots.programs();
@@ -249,6 +249,7 @@ impl Sense {
     /// From now on the probes look at one event in 2^shift, which counts as 2^shift.
     pub fn sample_one_in(&mut self, shift: u8) {
         self.slots.sample_one_in(shift);
+        self.tcp.set_sampling_shift(shift.into());
         self.sampling_shift = shift;
         self.health.sampling_shift = shift;
     }

@@ -3,6 +3,8 @@
 
 pub mod flow;
 pub mod frame;
+#[cfg(test)]
+mod tests;
 
 /// What the host's own TCP sent again for one owner: the element of the map `ROWS` of the
 /// probe `retransmit`, at [`host_row`]. Several CPUs add to it. Counters wrap around.
@@ -99,8 +101,9 @@ pub struct TapControl {
     /// One in 2^this flows is followed, and what it sends again counts 2^this times.
     /// `segments` and `bytes` count every packet all the same.
     pub sampling_shift: u32,
-    /// None.
-    pub padding: u32,
+    /// How often the shift was lowered. Of the flows that were left out and are followed again,
+    /// what is known is from before, and gigabytes may have passed since: all begin anew.
+    pub epoch: u32,
 }
 
 impl TapControl {
@@ -109,6 +112,19 @@ impl TapControl {
     pub const fn follows(&self, key: u64) -> bool {
         // The low bits choose the set of flows.
         (key >> 32) & ((1 << (self.sampling_shift & 31)) - 1) == 0
+    }
+
+    /// The key under which the state of the flow with this key is kept, in the same set.
+    #[inline(always)]
+    pub const fn kept_as(&self, key: u64) -> u64 {
+        key ^ (self.epoch as u64) << 32
+    }
+
+    /// The same, with one in 2^`shift` flows.
+    #[must_use]
+    pub const fn with_shift(self, shift: u32) -> Self {
+        let lowered = shift < self.sampling_shift;
+        Self { sampling_shift: shift, epoch: self.epoch.wrapping_add(lowered as u32) }
     }
 }
 

@@ -154,7 +154,8 @@ fn count(way: *mut Way, key: u64, segment: &Segment) {
         return;
     }
     let segments = segment.count();
-    let Some(control) = CONTROL.get(0) else { return };
+    // Copied: the agent may change it meanwhile, and weight and choice belong together.
+    let Some(&control) = CONTROL.get(0) else { return };
     let shift = control.sampling_shift & 31;
     // SAFETY: a map value that only this CPU writes.
     unsafe {
@@ -163,7 +164,7 @@ fn count(way: *mut Way, key: u64, segment: &Segment) {
         if !control.follows(key) {
             return;
         }
-        let Some(seen) = follow(key, segment) else {
+        let Some(seen) = follow(control.kept_as(key), segment) else {
             add_u64(&raw mut (*way).untracked, u64::from(segments) << shift);
             return;
         };

@@ -30,6 +30,12 @@ impl Families<'_> {
             "Tap devices of VMs that are not looked at",
             Some(f64::from(tcp.unmeasured_taps)),
         )?;
+        let followed = f64::exp2(-f64::from(tcp.sampling_shift));
+        self.one(
+            "formtune_tcp_flow_sampling_ratio",
+            "Share of the guests' TCP flows that are followed; each counts as its reciprocal",
+            tcp.guest_method.as_ref().map(|_| followed),
+        )?;
         self.one(
             "formtune_tcp_unmeasured_vms",
             "VMs whose sockets are not told apart, as all slots are taken",

@@ -2,6 +2,7 @@
 //! only room that names aya.
 
 mod block;
+mod clsact;
 mod cost;
 mod floor;
 mod mapped;
@@ -10,6 +11,7 @@ mod runq;
 mod tap;
 
 pub use block::{BLOCK_RQ_COMPLETE, BlockProbe, BlockSizes};
+pub use clsact::{Left, Owner};
 pub use cost::{Cost, CostMeter};
 pub use floor::Floor;
 pub use retransmit::{RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB};
@@ -19,7 +21,7 @@ pub use tap::{FORMTUNE_TAP_TX, TapLinks, TapMethod, TapProbe, TapSizes};
 use super::btf::{self, Btf, BtfError};
 use super::table::TableMaps;
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
-use aya::programs::BtfTracePoint;
+use aya::programs::{BtfTracePoint, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 use formtune_common::table::TableEntry;
 use std::os::fd::{AsFd, OwnedFd};
@@ -85,9 +87,24 @@ fn attach(
 ) -> Result<(), ProbeError> {
     let program: &mut BtfTracePoint =
         ebpf.program_mut(program).ok_or(ProbeError::Object(program))?.try_into()?;
-    program.load(tracepoint, &kernel.types)?;
+    verified(|| program.load(tracepoint, &kernel.types))?;
     program.attach()?;
     Ok(())
+}
+
+/// Most that a program is given to the verifier, as libbpf does (`PROG_LOAD_ATTEMPTS`).
+const LOADS: usize = 5;
+
+/// Loads a program; once more if the kernel broke off verifying it, as it does for a signal.
+fn verified(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    for _ in 1..LOADS {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.kind() == std::io::ErrorKind::WouldBlock => {}
+            done => return done,
+        }
+    }
+    load()
 }
 
 /// Descriptors of the programs of an object that are loaded, to be asked what they cost.
@@ -149,7 +166,7 @@ pub enum ProbeError {
     Load(Box<aya::EbpfError>),
     /// The verifier, or the tracepoint is not there.
     #[error("{}", program_error(.0))]
-    Program(Box<aya::programs::ProgramError>),
+    Program(Box<ProgramError>),
     /// aya lists neither; cannot happen with the object built from this tree.
     #[error("the probes' object has no {0}")]
     Object(&'static str),
@@ -164,8 +181,8 @@ impl From<aya::EbpfError> for ProbeError {
     }
 }
 
-impl From<aya::programs::ProgramError> for ProbeError {
-    fn from(error: aya::programs::ProgramError) -> Self {
+impl From<ProgramError> for ProbeError {
+    fn from(error: ProgramError) -> Self {
         Self::Program(Box::new(error))
     }
 }
@@ -189,8 +206,8 @@ fn one_line(error: &dyn std::error::Error) -> String {
 }
 
 /// The verifier's reason is the last line before its statistics.
-fn program_error(error: &aya::programs::ProgramError) -> String {
-    if let aya::programs::ProgramError::LoadError { io_error, verifier_log } = error {
+fn program_error(error: &ProgramError) -> String {
+    if let ProgramError::LoadError { io_error, verifier_log } = error {
         let log = verifier_log.to_string();
         let reason = log.lines().rev().find(|line| {
             !line.trim().is_empty()

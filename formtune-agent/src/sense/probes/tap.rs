@@ -1,12 +1,11 @@
 //! The probe of what guests' TCP sends again, on their tap devices.
 
+use super::clsact::{self, Made};
 use super::mapped::Mapped;
-use super::{CgroupTable, ProbeError, load, take};
+use super::{CgroupTable, ProbeError, load, map_error, take, verified};
 use crate::sense::table::TableMaps;
 use aya::maps::{Array, MapData};
-use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program,
-};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, include_bytes_aligned};
 use formtune_common::table::TableEntry;
@@ -17,7 +16,7 @@ use std::os::fd::OwnedFd;
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-tap"));
 
 /// The programs and their hooks. The guest sends what comes in at its tap.
-const PROGRAMS: [(&str, TcAttachType); 2] =
+pub(super) const PROGRAMS: [(&str, TcAttachType); 2] =
     [(FORMTUNE_TAP_TX, TcAttachType::Ingress), ("formtune_tap_rx", TcAttachType::Egress)];
 
 /// The first of the programs; also the name of its filter where there is no TCX.
@@ -69,13 +68,20 @@ pub struct TapProbe {
     /// Which interface index has which place.
     pub interfaces: CgroupTable,
     rows: Mapped<TapRow>,
+    control: Array<MapData, TapControl>,
     cpus: u32,
     method: TapMethod,
     ebpf: Ebpf,
 }
 
-/// Both programs on one device; detached when dropped.
-pub struct TapLinks(#[expect(dead_code, reason = "detach when dropped")] [SchedClassifierLink; 2]);
+/// Both programs on one device; detached when dropped, and the qdisc that was made for them goes
+/// then, if nobody else uses it.
+pub struct TapLinks {
+    #[expect(dead_code, reason = "detach when dropped, before the qdisc")]
+    links: [SchedClassifierLink; 2],
+    #[expect(dead_code, reason = "removed when dropped")]
+    qdisc: Option<Made>,
+}
 
 impl TapProbe {
     /// Loads both programs.
@@ -105,13 +111,12 @@ impl TapProbe {
         let mut ebpf = load(OBJECT, &constants, &lengths)?;
         let rows = Mapped::of(&mut ebpf, "ROWS", rows)?;
         let interfaces = CgroupTable::of(&mut ebpf)?;
-        let map: Array<MapData, TapControl> =
-            take(&mut ebpf, "CONTROL")?.try_into().map_err(aya::EbpfError::from)?;
-        let mut map = map;
+        let mut map = Array::try_from(take(&mut ebpf, "CONTROL")?).map_err(aya::EbpfError::from)?;
         map.set(0, control, 0).map_err(aya::EbpfError::from)?;
-        let mut probe = Self { interfaces, rows, cpus: sizes.cpus, method, ebpf };
+        let mut probe = Self { interfaces, rows, control: map, cpus: sizes.cpus, method, ebpf };
         for (name, _) in PROGRAMS {
-            probe.program(name)?.load()?;
+            let program = probe.program(name)?;
+            verified(|| program.load())?;
         }
         Ok(probe)
     }
@@ -127,7 +132,7 @@ impl TapProbe {
         let index = nix::net::if_::if_nametoindex(device).map_err(|error| error.to_string())?;
         let entry = TableEntry { cgroup_id: index.into(), slot: 0, spilled: 0 };
         probe.interfaces.set(index & (sizes.table - 1), entry)?;
-        let links = probe.attach(device).map_err(|error| error.to_string())?;
+        let links = probe.attach(device)?;
         Ok((probe, links))
     }
 
@@ -139,39 +144,55 @@ impl TapProbe {
     /// Attaches both programs to a device, before whatever else is there.
     ///
     /// # Errors
-    /// [`ProbeError`]; nothing is attached then.
-    pub fn attach(&mut self, device: &str) -> Result<TapLinks, ProbeError> {
-        if self.method == TapMethod::Clsact {
-            // It may be there already; if it cannot be had, attaching says so.
-            let _ = qdisc_add_clsact(device);
-        }
+    /// Why not, one line; the device is then as it was.
+    pub fn attach(&mut self, device: &str) -> Result<TapLinks, String> {
+        let qdisc = match self.method {
+            TapMethod::Tcx => None,
+            TapMethod::Clsact => clsact::make(device)?,
+        };
+        let handle = clsact::handle(qdisc.as_ref());
         let [tx, rx] = PROGRAMS;
-        let tx = self.attach_one(device, tx)?;
-        Ok(TapLinks([tx, self.attach_one(device, rx)?]))
+        let tx = self.attach_one(device, tx, handle).map_err(|error| error.to_string())?;
+        let rx = self.attach_one(device, rx, handle).map_err(|error| error.to_string())?;
+        Ok(TapLinks { links: [tx, rx], qdisc })
     }
 
     fn attach_one(
         &mut self,
         device: &str,
         (name, hook): (&'static str, TcAttachType),
+        handle: TcHandle,
     ) -> Result<SchedClassifierLink, ProbeError> {
-        let options = match self.method {
-            TapMethod::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
+        let method = self.method;
+        let program = self.program(name)?;
+        let link = match method {
+            TapMethod::Tcx => {
+                let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+                program.attach_with_options(device, hook, first)?
+            }
             TapMethod::Clsact => {
-                // What an agent that was killed has left. Mostly there is nothing.
-                let _ = qdisc_detach_program(device, hook, name);
-                // The kernel chooses a priority before all others.
-                TcAttachOptions::Netlink(NlOptions::default())
+                let mut attach = |priority| {
+                    let options = NlOptions { priority, handle, ..NlOptions::default() };
+                    program.attach_with_options(device, hook, TcAttachOptions::Netlink(options))
+                };
+                // The first priority may be that of another kind of filter.
+                attach(clsact::priority(device, hook)).or_else(|_| attach(0))?
             }
         };
-        let program = self.program(name)?;
-        let link = program.attach_with_options(device, hook, options)?;
         Ok(program.take_link(link)?)
     }
 
     fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, ProbeError> {
         let program = self.ebpf.program_mut(name).ok_or(ProbeError::Object(name))?;
         Ok(program.try_into()?)
+    }
+
+    /// Has the programs heed this from now on.
+    ///
+    /// # Errors
+    /// One line; it is as it was then.
+    pub fn control(&mut self, control: TapControl) -> Result<(), String> {
+        self.control.set(0, control, 0).map_err(|error| map_error("CONTROL", &error))
     }
 
     /// Its programs, to be asked what they cost.

@@ -55,6 +55,8 @@ pub struct GuestHealth {
     pub taps_not_measured: u32,
     /// Why, of the last one; `None` if there never was one.
     pub why: Option<String>,
+    /// One in 2^this flows is followed, and what it sends again counts 2^this times.
+    pub sampling_shift: u32,
 }
 
 /// What the thread tells: all VMs' counts, and its state.
@@ -74,14 +76,20 @@ pub(super) struct Guest {
 
 impl Guest {
     /// Loads the probe, and starts the thread. Without either, all else still works.
-    pub fn open(max_vms: u32) -> Self {
-        let method = TapMethod::of_kernel();
+    pub fn open(max_vms: u32, method: TapMethod) -> Self {
         let (probe, state, sizes) = match load(max_vms, method) {
             Ok((probe, sizes)) => (Some((probe, sizes)), ProbeState::Loaded, sizes.places),
             Err(error) => (None, unavailable(FORMTUNE_TAP_TX, &error, WITHOUT), 0),
         };
         tracing::debug!("tap devices: {state:?} by {}, {sizes} at most", method.name());
-        let health = GuestHealth { state, method, taps: 0, taps_not_measured: 0, why: None };
+        let health = GuestHealth {
+            state,
+            method,
+            taps: 0,
+            taps_not_measured: 0,
+            why: None,
+            sampling_shift: 0,
+        };
         let published = Published { vms: BTreeMap::new(), health };
         let mut guest = Self {
             published: Arc::new(Mutex::new(published)),
@@ -128,6 +136,11 @@ impl Guest {
         // Another VM may get its path before the thread has obeyed.
         lock(&self.published).vms.remove(vm);
         self.order(Order::Untrack(vm.into()));
+    }
+
+    /// From now on one in 2^shift flows is followed.
+    pub fn set_sampling_shift(&self, shift: u32) {
+        self.order(Order::Sample(shift));
     }
 
     fn order(&self, order: Order) {

@@ -12,12 +12,12 @@ mod taps;
 pub use guest::{GuestCounts, GuestHealth};
 pub use host::{HostCounts, HostHealth};
 
-use super::ProbeState;
 use super::cgroup::Hierarchies;
 use super::probes::{
-    FORMTUNE_TAP_TX, Kernel, ProbeError, RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB,
-    TapMethod, TapProbe, TapSizes,
+    FORMTUNE_TAP_TX, Kernel, Left, Owner, ProbeError, RetransmitProbe, RetransmitSizes,
+    TCP_RETRANSMIT_SKB, TapMethod, TapProbe, TapSizes,
 };
+use super::{ProbeState, SenseConfig};
 use formtune_core::units::Nanos;
 use guest::Guest;
 use host::Host;
@@ -54,9 +54,13 @@ impl Tcp {
     pub fn open(
         kernel: Result<&Kernel, &ProbeError>,
         hierarchies: &Hierarchies,
-        max_vms: u32,
+        config: &SenseConfig,
     ) -> Self {
-        Self { host: Host::open(kernel, hierarchies, max_vms), guest: Guest::open(max_vms) }
+        let method = config.tap_method.unwrap_or_else(TapMethod::of_kernel);
+        Self {
+            host: Host::open(kernel, hierarchies, config.max_vms),
+            guest: Guest::open(config.max_vms, method),
+        }
     }
 
     /// Takes the programs of both, to be asked what they cost.
@@ -78,6 +82,12 @@ impl Tcp {
         self.guest.untrack(vm);
     }
 
+    /// From now on one in 2^shift of the guests' flows is followed, and counts as so many. The
+    /// host's retransmissions are too rare to be sampled.
+    pub fn set_sampling_shift(&mut self, shift: u32) {
+        self.guest.set_sampling_shift(shift);
+    }
+
     /// Reads the counters. Never waits for anything.
     pub fn sample(&mut self, now: Nanos) {
         self.host.sample(now);
@@ -92,6 +102,15 @@ impl Tcp {
     pub fn health(&self) -> TcpHealth {
         TcpHealth { host: self.host.health(), guest: self.guest.health() }
     }
+}
+
+/// Removes what agents that were killed left on the devices of this network namespace: filters,
+/// which only kernels without TCX have.
+///
+/// # Errors
+/// One line; among others, an agent that runs has filters there.
+pub fn clear_taps() -> Result<Vec<Left>, String> {
+    Owner::take()?.clear()
 }
 
 /// Loads the probe of the host's sockets with the least of maps, and unloads it again.

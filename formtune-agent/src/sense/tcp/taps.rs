@@ -6,12 +6,12 @@
 //! when the kernel reports new devices. One that vanishes takes the programs with it; its
 //! place is freed then.
 
-use super::super::probes::{TapLinks, TapProbe, TapSizes};
+use super::super::probes::{Owner, TapLinks, TapMethod, TapProbe, TapSizes};
 use super::super::table::Table;
 use super::find::taps_of;
 use super::guest::{GuestCounts, Published, lock};
 use super::links::Links;
-use formtune_common::tcp::TapRow;
+use formtune_common::tcp::{TapControl, TapRow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
@@ -41,10 +41,13 @@ pub enum Order {
     Track(PathBuf),
     /// It is gone.
     Untrack(PathBuf),
+    /// Follow one in 2^this flows.
+    Sample(u32),
 }
 
 pub struct Follower {
     probe: TapProbe,
+    control: TapControl,
     published: Arc<Mutex<Published>>,
     links: Option<Links>,
     table: Table,
@@ -55,6 +58,8 @@ pub struct Follower {
     devices: BTreeSet<u32>,
     read_at: Instant,
     why: Option<String>,
+    /// Given back last. Links need none.
+    owner: Option<Owner>,
 }
 
 struct Vm {
@@ -81,6 +86,7 @@ impl Follower {
         }
         Self {
             probe,
+            control: TapControl::default(),
             published,
             links: links.ok(),
             table: Table::new(sizes.table),
@@ -89,11 +95,16 @@ impl Follower {
             devices: devices(),
             read_at: Instant::now(),
             why: None,
+            owner: None,
         }
     }
 
     /// Until told to stop; the programs leave the devices when this returns.
     pub fn run(mut self, orders: &Receiver<Order>, stop: &AtomicBool) {
+        // Also where no VM comes. Whether it works matters when a device is to be looked at.
+        if let Err(why) = self.own() {
+            tracing::debug!("network devices: {why}");
+        }
         while !stop.load(Ordering::Relaxed) {
             self.wait();
             let mut changed = false;
@@ -122,7 +133,7 @@ impl Follower {
         }
     }
 
-    /// Whether devices were let go.
+    /// Whether something is to be published.
     fn obey(&mut self, order: Order) -> bool {
         match order {
             Order::Track(path) => {
@@ -134,6 +145,16 @@ impl Follower {
                 let Some(vm) = self.vms.remove(&path) else { return false };
                 for (index, tap) in vm.taps {
                     self.let_go(index, tap);
+                }
+                true
+            }
+            Order::Sample(shift) => {
+                let control = self.control.with_shift(shift);
+                match self.probe.control(control) {
+                    Ok(()) => self.control = control,
+                    Err(error) => {
+                        tracing::warn!("as many TCP flows are followed as before: {error}");
+                    }
                 }
                 true
             }
@@ -201,15 +222,34 @@ impl Follower {
         changed
     }
 
+    /// Sees to it that filters on devices may be this agent's, and that no dead one has any there.
+    ///
+    /// # Errors
+    /// Why not, one line.
+    fn own(&mut self) -> Result<(), String> {
+        if self.probe.method() == TapMethod::Tcx || self.owner.is_some() {
+            return Ok(());
+        }
+        let owner = Owner::take()?;
+        for left in owner.clear()? {
+            match &left.failed {
+                None => tracing::info!("{left}"),
+                Some(_) => tracing::warn!("{left}"),
+            }
+        }
+        self.owner = Some(owner);
+        Ok(())
+    }
+
     /// # Errors
     /// Why not, one line.
     fn attach(&mut self, index: u32, name: &str) -> Result<Tap, String> {
+        self.own()?;
         let place = self.free.pop_front().ok_or("there is room for no more devices")?;
         let attached =
             self.table.insert(&mut self.probe.interfaces, index.into(), place).and_then(|()| {
-                self.probe.attach(name).map_err(|error| {
+                self.probe.attach(name).inspect_err(|_| {
                     let _ = self.table.remove(&mut self.probe.interfaces, index.into());
-                    error.to_string()
                 })
             });
         match attached {
@@ -255,6 +295,7 @@ impl Follower {
         published.health.taps_not_measured =
             self.vms.values().map(|vm| vm.failed.len() as u32).sum();
         published.health.why.clone_from(&self.why);
+        published.health.sampling_shift = self.control.sampling_shift;
     }
 }
 

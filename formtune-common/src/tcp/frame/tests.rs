@@ -160,7 +160,7 @@ fn keys_tell_flows_apart() {
 fn sampling_is_without_bias() {
     const FLOWS: u32 = 1 << 16;
     for (seed, sampling_shift) in [(1, 1), (2, 3), (3, 5), (4, 5)] {
-        let control = TapControl { sampling_shift, padding: 0 };
+        let control = TapControl { sampling_shift, epoch: 0 };
         let (mut truth, mut counted) = (0_u64, 0_u64);
         let mut frame = v4(&[], 0, &tcp(1));
         for flow in 0..FLOWS {
