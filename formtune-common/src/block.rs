@@ -35,6 +35,16 @@ pub const fn major_minor(device: u32) -> (u32, u32) {
     (device >> 20, device & 0xf_ffff)
 }
 
+/// What the agent may change while the probe runs: the only element of the map `CONTROL`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// One in 2^this requests is looked at, and counts as 2^this.
+    pub sampling_shift: u32,
+    /// None.
+    pub padding: u32,
+}
+
 /// What was counted for one [`Key`]: the element of the map `ROWS`.
 ///
 /// The probe takes a free row when it first sees a key. Every CPU adds to it, atomically;
@@ -85,6 +95,10 @@ pub struct Counters {
     pub discarded: u64,
     /// Requests whose time could not be noted, as the map `STARTS` was full.
     pub not_noted: u64,
+    /// Requests that were not looked at, to keep the cost down. Others count for them, in the
+    /// rows and in every field here that is not `taken`, `passthrough`, `partial`, `requeued`
+    /// or `not_noted`.
+    pub unsampled: u64,
 }
 
 impl Counters {
@@ -102,6 +116,7 @@ impl Counters {
         self.no_issued += other.no_issued;
         self.discarded += other.discarded;
         self.not_noted += other.not_noted;
+        self.unsampled += other.unsampled;
     }
 }
 
@@ -116,9 +131,15 @@ pub struct Start {
     pub issued: u64,
 }
 
+// SAFETY: `repr(C)`, no padding (two u64), any bits are valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Start {}
 // SAFETY: `repr(C)`, no padding (3 × 4), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Key {}
-// SAFETY: `repr(C)`, no padding (12 × 8), any bits are valid.
+// SAFETY: `repr(C)`, no padding (two u32), any bits are valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Control {}
+// SAFETY: `repr(C)`, no padding (13 × 8), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Counters {}

@@ -72,6 +72,7 @@ impl Agent {
                 merged: counters.merged,
                 requeued: counters.requeued,
                 partial: counters.partial,
+                unsampled: counters.unsampled,
             },
         }
     }

@@ -145,4 +145,7 @@ pub struct BlockCounters {
     pub requeued: u64,
     /// Done in parts; counted once.
     pub partial: u64,
+    /// Not looked at, to stay within `probe_budget`; others count for them.
+    #[serde(default)]
+    pub unsampled: u64,
 }

@@ -243,7 +243,9 @@ impl Sense {
 
     /// From now on the probes look at one event in 2^shift, which counts as 2^shift.
     pub fn sample_one_in(&mut self, shift: u8) {
-        self.slots.sample_one_in(shift);
+        // One line per probe that can. Segments that the host's TCP sends again are too few.
+        self.slots.set_sampling_shift(shift.into());
+        self.block.set_sampling_shift(shift.into());
         self.sampling_shift = shift;
         self.health.sampling_shift = shift;
     }

@@ -200,8 +200,8 @@ impl Slots {
     }
 
     /// From now on the probe looks at one switch in 2^shift.
-    pub fn sample_one_in(&mut self, shift: u8) {
-        let control = Control { sampling_shift: shift.into(), ..control() };
+    pub fn set_sampling_shift(&mut self, shift: u32) {
+        let control = Control { sampling_shift: shift, ..control() };
         if let Some(probe) = &mut self.probe
             && let Err(error) = probe.control(control)
         {

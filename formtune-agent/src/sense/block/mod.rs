@@ -15,7 +15,7 @@ use super::health::ProbeState;
 use super::probes::{BLOCK_RQ_COMPLETE, BlockProbe, BlockSizes, Kernel, ProbeError};
 use super::table::Table;
 use devices::Devices;
-use formtune_common::block::{Counters, HOST, Key, Row};
+use formtune_common::block::{Control, Counters, HOST, Key, Row};
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::Nanos;
 use occupancy::Occupancy;
@@ -163,6 +163,16 @@ impl Block {
         self.probe.as_ref().map_or_else(Vec::new, BlockProbe::programs)
     }
 
+    /// From now on the probe looks at one request in 2^shift, which counts as so many.
+    pub fn set_sampling_shift(&mut self, shift: u32) {
+        let control = Control { sampling_shift: shift, ..Control::default() };
+        if let Some(probe) = &mut self.probe
+            && let Err(error) = probe.control(control)
+        {
+            tracing::warn!("the block I/O probe looks at as many requests as before: {error}");
+        }
+    }
+
     /// A VM that appeared, or whose cgroups are others now.
     pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) {
         if let Some(vm) = self.vms.get_mut(path) {
@@ -255,6 +265,11 @@ impl Block {
         let named = |all: Vec<(u32, u64)>| all.into_iter().map(|(n, ns)| (who(n), ns)).collect();
         let all = self.occupancy.all(now).into_iter();
         all.map(|(device, all)| (device, named(all))).collect()
+    }
+
+    /// Requests under way whose times are noted in a map; slow, for tests.
+    pub fn noted(&self) -> usize {
+        self.probe.as_ref().map_or(0, BlockProbe::noted)
     }
 
     /// Name of a device, e.g. `sda`.
