@@ -41,8 +41,9 @@ pub const fn major_minor(device: u32) -> (u32, u32) {
 pub struct Control {
     /// One in 2^this requests is looked at, and counts as 2^this.
     pub sampling_shift: u32,
-    /// None.
-    pub padding: u32,
+    /// Not 0: some cgroups of VMs are not in the table, so one that is not there need not be
+    /// the host's.
+    pub incomplete: u32,
 }
 
 /// What was counted for one [`Key`]: the element of the map `ROWS`.
@@ -74,6 +75,8 @@ pub struct Counters {
     pub taken: u64,
     /// Requests without a row, as all were taken.
     pub full: u64,
+    /// Requests of a cgroup that is not in the table while some VM's are not, either.
+    pub unknown_cgroup: u64,
     /// Requests that carry a driver's command instead of reads or writes; not measured.
     pub passthrough: u64,
     /// Completions of a part of a request; the request is counted with its last part.
@@ -106,6 +109,7 @@ impl Counters {
     pub const fn add(&mut self, other: &Self) {
         self.taken += other.taken;
         self.full += other.full;
+        self.unknown_cgroup += other.unknown_cgroup;
         self.passthrough += other.passthrough;
         self.partial += other.partial;
         self.requeued += other.requeued;
@@ -140,6 +144,6 @@ unsafe impl aya::Pod for Key {}
 // SAFETY: `repr(C)`, no padding (two u32), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Control {}
-// SAFETY: `repr(C)`, no padding (13 × 8), any bits are valid.
+// SAFETY: `repr(C)`, no padding (14 × 8), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Counters {}

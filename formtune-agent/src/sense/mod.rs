@@ -18,6 +18,7 @@ pub mod kernel;
 mod libvirt_names;
 pub mod probes;
 mod runq;
+mod shortage;
 mod slots;
 mod table;
 pub mod tcp;
@@ -41,6 +42,7 @@ use formtune_core::units::{Nanos, VmId};
 use inventory::{Change, Group, Tree};
 use probes::{CostMeter, Kernel};
 use runq::HeldBy;
+use shortage::Shortage;
 use slots::Slots;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -124,6 +126,7 @@ pub struct Sense {
     files: files::Files,
     tcp: Tcp,
     block: Block,
+    shortage: Shortage,
 }
 
 struct Tracked {
@@ -193,6 +196,7 @@ impl Sense {
             files: files::Files::open(),
             tcp,
             block,
+            shortage: Shortage::of(config.max_vms),
         })
     }
 
@@ -222,12 +226,14 @@ impl Sense {
         for tracked in self.tracked.values_mut() {
             self.slots.ensure(&mut tracked.slot);
         }
+        self.slots.set_complete(self.tracked.values().all(|t| t.slot.not_counted() == 0));
         self.block.read(now);
         let (vms, blind) = self.read(now);
         self.files.read(&self.hierarchies, &mut self.tracked, now);
         self.tcp.sample(now);
         self.slots.flush_log();
         self.update_health();
+        self.shortage.look(&self.health, &self.block);
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
         let cost = self.cost.tick(now);
         self.health.cost = cost.or(self.health.cost);
@@ -468,8 +474,9 @@ impl Sense {
         self.health.slots_used = self.slots.used();
         self.health.not_measured = (self.tracked.len() - measured) as u32;
         (self.health.cgroups, self.health.cgroups_spilled) = self.slots.cgroups();
-        self.health.cgroups_not_measured =
-            self.tracked.values().map(|t| t.slot.not_counted()).sum();
+        // Without the probe nothing is looked for.
+        let tracked = self.tracked.values().filter(|_| self.slots.total() > 0);
+        self.health.cgroups_not_measured = tracked.map(|t| t.slot.not_counted()).sum();
         let owned = self.vms.values().filter(|vm| vm.uuid.is_some()).count();
         self.health.domains_without_cgroup = self.domains.len().saturating_sub(owned) as u32;
     }

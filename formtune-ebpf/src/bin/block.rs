@@ -190,7 +190,8 @@ pub fn block_rq_issue_of(ctx: BtfTracePointContext) -> i32 {
 /// Looks at a request that is done, or a part of it.
 #[inline(always)]
 fn completed(ctx: &BtfTracePointContext) -> Option<()> {
-    let shift = CONTROL.get(0)?.sampling_shift & 15;
+    let control = CONTROL.get(0)?;
+    let shift = control.sampling_shift & 15;
     let request: *const u8 = ctx.arg(0);
     let bytes: u32 = ctx.arg(2);
     // SAFETY: `request` is one, and the others are reached from it, each checked (see
@@ -255,7 +256,14 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
             count!(discarded, weight);
             return None;
         }
-        let who = whose(bio, weight);
+        let who = match whose(bio, weight) {
+            Some(who) => who,
+            None if control.incomplete == 0 => HOST,
+            None => {
+                count!(unknown_cgroup, weight);
+                return None;
+            }
+        };
         let Some(device) = disk(request) else {
             count!(no_bio, weight);
             return None;
@@ -304,23 +312,24 @@ unsafe fn stamp(request: *const u8, flags: u32, needed: &Constant, time: &Consta
     }
 }
 
-/// The VM whose block cgroup is to pay for a bio; [`HOST`] if there is none.
+/// The VM whose block cgroup is to pay for a bio; [`HOST`] if no cgroup is, `None` if it is not
+/// in the table.
 #[inline(always)]
-unsafe fn whose(bio: *const u8, weight: u32) -> u32 {
+unsafe fn whose(bio: *const u8, weight: u32) -> Option<u32> {
     // SAFETY: as demanded of the caller; every pointer may be null and is checked.
     unsafe {
         if bio.is_null() {
             count!(no_bio, weight);
-            return HOST;
+            return Some(HOST);
         }
         if !field::<*const u8>(bio, &BIO_NEXT).is_null() {
             count!(merged, weight);
         }
         let Some(id) = cgroup_id(bio) else {
             count!(no_cgroup, weight);
-            return HOST;
+            return Some(HOST);
         };
-        slot(&TABLE, TABLE_MASK.get(), &SPILL, id).unwrap_or(HOST)
+        slot(&TABLE, TABLE_MASK.get(), &SPILL, id)
     }
 }
 

@@ -66,6 +66,7 @@ pub struct Block {
     /// Of [`Counters::taken`], those that are in `taken` or were.
     known: u64,
     counters: Counters,
+    control: Control,
     intervals: BTreeMap<u32, RunqInterval>,
     occupancy: Occupancy,
     devices: Devices,
@@ -150,6 +151,7 @@ impl Block {
             taken: BTreeMap::new(),
             known: 0,
             counters: Counters::default(),
+            control: Control::default(),
             intervals: BTreeMap::new(),
             occupancy: Occupancy::default(),
             devices: Devices::new(),
@@ -165,11 +167,18 @@ impl Block {
 
     /// From now on the probe looks at one request in 2^shift, which counts as so many.
     pub fn set_sampling_shift(&mut self, shift: u32) {
-        let control = Control { sampling_shift: shift, ..Control::default() };
-        if let Some(probe) = &mut self.probe
-            && let Err(error) = probe.control(control)
-        {
-            tracing::warn!("the block I/O probe looks at as many requests as before: {error}");
+        self.control(Control { sampling_shift: shift, ..self.control });
+    }
+
+    fn control(&mut self, control: Control) {
+        if control == self.control {
+            return;
+        }
+        if let Some(probe) = &mut self.probe {
+            match probe.control(control) {
+                Ok(()) => self.control = control,
+                Err(error) => tracing::warn!("the block I/O probe goes on as before: {error}"),
+            }
         }
     }
 
@@ -209,6 +218,8 @@ impl Block {
             return;
         }
         self.look(now);
+        let incomplete = u32::from(self.cgroups_not_counted() > 0);
+        self.control(Control { incomplete, ..self.control });
         self.count();
         self.intervals.clear();
         self.drain(now);
@@ -279,19 +290,29 @@ impl Block {
 
     /// State of the sensor.
     pub fn health(&self) -> BlockHealth {
-        let not_counted =
-            |vm: &BlockVm| vm.ids.as_ref().map_or(0, BTreeSet::len) - vm.counted.len();
         BlockHealth {
             probe: self.state.clone(),
             notes: self.probe.as_ref().is_some_and(BlockProbe::notes),
             counters: self.counters,
             missed: self.probe.as_ref().and_then(BlockProbe::missed),
             not_attributed: self.vms.values().filter(|vm| vm.ids.is_none()).count() as u32,
-            cgroups_not_counted: self.vms.values().map(not_counted).sum::<usize>() as u32,
+            cgroups_not_counted: self.cgroups_not_counted(),
             rows: if self.probe.is_some() { self.sizes.rows } else { 0 },
             rows_taken: self.taken.len() as u32,
             map_bytes: if self.probe.is_some() { self.sizes.bytes() } else { 0 },
         }
+    }
+
+    /// cgroups of VMs that the probe has no room for.
+    pub fn cgroups_not_counted(&self) -> u32 {
+        let not_counted =
+            |vm: &BlockVm| vm.ids.as_ref().map_or(0, BTreeSet::len) - vm.counted.len();
+        self.vms.values().map(not_counted).sum::<usize>() as u32
+    }
+
+    /// Requests that are in no row as all were taken, and how many rows there are.
+    pub fn without_row(&self) -> (u64, u32) {
+        (self.counters.full, self.sizes.rows)
     }
 
     /// Tells the probe of cgroups that have come and of those that are gone.
