@@ -35,6 +35,17 @@ pub const fn major_minor(device: u32) -> (u32, u32) {
     (device >> 20, device & 0xf_ffff)
 }
 
+/// What the agent may change while the probe runs: the only element of the map `CONTROL`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// One in 2^this requests is looked at, and counts as 2^this.
+    pub sampling_shift: u32,
+    /// Not 0: some cgroups of VMs are not in the table, so one that is not there need not be
+    /// the host's.
+    pub incomplete: u32,
+}
+
 /// What was counted for one [`Key`]: the element of the map `ROWS`.
 ///
 /// The probe takes a free row when it first sees a key. Every CPU adds to it, atomically;
@@ -64,6 +75,8 @@ pub struct Counters {
     pub taken: u64,
     /// Requests without a row, as all were taken.
     pub full: u64,
+    /// Requests of a cgroup that is not in the table while some VM's are not, either.
+    pub unknown_cgroup: u64,
     /// Requests that carry a driver's command instead of reads or writes; not measured.
     pub passthrough: u64,
     /// Completions of a part of a request; the request is counted with its last part.
@@ -85,6 +98,10 @@ pub struct Counters {
     pub discarded: u64,
     /// Requests whose time could not be noted, as the map `STARTS` was full.
     pub not_noted: u64,
+    /// Requests that were not looked at, to keep the cost down. Others count for them, in the
+    /// rows and in every field here that is not `taken`, `passthrough`, `partial`, `requeued`
+    /// or `not_noted`.
+    pub unsampled: u64,
 }
 
 impl Counters {
@@ -92,6 +109,7 @@ impl Counters {
     pub const fn add(&mut self, other: &Self) {
         self.taken += other.taken;
         self.full += other.full;
+        self.unknown_cgroup += other.unknown_cgroup;
         self.passthrough += other.passthrough;
         self.partial += other.partial;
         self.requeued += other.requeued;
@@ -102,6 +120,7 @@ impl Counters {
         self.no_issued += other.no_issued;
         self.discarded += other.discarded;
         self.not_noted += other.not_noted;
+        self.unsampled += other.unsampled;
     }
 }
 
@@ -116,9 +135,15 @@ pub struct Start {
     pub issued: u64,
 }
 
+// SAFETY: `repr(C)`, no padding (two u64), any bits are valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Start {}
 // SAFETY: `repr(C)`, no padding (3 × 4), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Key {}
-// SAFETY: `repr(C)`, no padding (12 × 8), any bits are valid.
+// SAFETY: `repr(C)`, no padding (two u32), any bits are valid.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Control {}
+// SAFETY: `repr(C)`, no padding (14 × 8), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Counters {}

@@ -18,6 +18,10 @@ pub const fn slot_of(holder: u32) -> Option<u32> {
     holder.checked_sub(2)
 }
 
+/// The slot of VMs for which there is none: it has no rows. That such a VM held a CPU must not
+/// be taken for the host's doing.
+pub const UNMEASURED: u32 = u32::MAX - 2;
+
 /// Holders told apart per VM and CPU. What more there are goes to [`Row::unblamed_ns`].
 pub const HOLDERS: usize = 8;
 
@@ -93,8 +97,9 @@ pub struct Control {
     /// One in 2^this switches is looked at, and counts as 2^this waits. While it is not 0
     /// nobody is blamed.
     pub sampling_shift: u32,
-    /// None.
-    pub padding: u32,
+    /// Who holds a CPU when its task's cgroup is not in the table: [`HOST`], or a VM that is
+    /// [`UNMEASURED`] while the cgroups of some VM are not all there.
+    pub outside: u32,
     /// Waits at least this long are somebody's fault, nanoseconds.
     pub blame_ns: u64,
 }

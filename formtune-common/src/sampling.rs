@@ -40,15 +40,7 @@ mod tests {
             shift in 0..=4_u32,
             seed in any::<u64>(),
         ) {
-            let mut state = seed;
-            let mut random = || {
-                // Sebastiano Vigna's splitmix64 (public domain).
-                state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-                let mut z = state;
-                z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-                z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-                (z ^ (z >> 31)) as u32
-            };
+            let mut random = random(seed);
             let weight = f64::from(weight(shift));
             let all: f64 = waits.iter().map(|wait| *wait as f64).sum();
             let kept: f64 = waits
@@ -59,6 +51,47 @@ mod tests {
             let squares: f64 = waits.iter().map(|wait| (*wait as f64).powi(2)).sum();
             let error = (squares * (weight - 1.0)).sqrt();
             prop_assert!((kept - all).abs() <= 6.0 * error + 1e-6, "{kept} of {all} ± {error}");
+        }
+
+        /// So do the counts of each part of a histogram, also where the shift changes while
+        /// events come; and what is kept and what is counted as left out are all there were.
+        #[test]
+        fn counts_are_unbiased_while_the_shift_changes(
+            shifts in proptest::collection::vec(0..=4_u32, 1..8),
+            waits in proptest::collection::vec(0..4_usize, 4_000..8_000),
+            seed in any::<u64>(),
+        ) {
+            let mut random = random(seed);
+            let (mut all, mut counted, mut variance) = ([0.0; 4], [0.0; 4], [0.0; 4]);
+            let (mut kept, mut left_out) = (0, 0);
+            for (i, &part) in waits.iter().enumerate() {
+                let shift = shifts[i * shifts.len() / waits.len()];
+                all[part] += 1.0;
+                variance[part] += f64::from(weight(shift)) - 1.0;
+                if keeps(random(), shift) {
+                    counted[part] += f64::from(weight(shift));
+                    kept += 1;
+                } else {
+                    left_out += 1;
+                }
+            }
+            prop_assert_eq!(kept + left_out, waits.len());
+            for part in 0..4 {
+                let (off, error) = (counted[part] - all[part], f64::sqrt(variance[part]));
+                prop_assert!(f64::abs(off) <= 6.0 * error, "{off} of {} ± {error}", all[part]);
+            }
+        }
+    }
+
+    /// Sebastiano Vigna's splitmix64 (public domain).
+    fn random(seed: u64) -> impl FnMut() -> u32 {
+        let mut state = seed;
+        move || {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            (z ^ (z >> 31)) as u32
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod frames;
 pub mod injected;
 pub mod knob;
 pub mod libvirtd;
+pub mod many;
 pub mod net;
 pub mod payload;
 pub mod prometheus;

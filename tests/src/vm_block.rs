@@ -1,10 +1,16 @@
-//! Block I/O of known size inside a test machine: reads and writes of one process with direct
-//! I/O on a virtual disk, in a cgroup of choice.
+//! Block I/O of known size and known latency inside a test machine: reads and writes of one
+//! process with direct I/O on a virtual disk that QEMU slows down, in a cgroup of choice.
+//!
+//! How long a request takes is known twice over: from the disk's limit at least so long, and by
+//! the process's own clock around each read at most so long. The difference to that clock is
+//! what the system call, the interrupt and the way back to the process take, tenths of a
+//! millisecond on an emulated CPU beside the 2.5 ms of the disk.
 
 use anyhow::{Context, Result, bail, ensure};
 use formtune_agent::sense::Sense;
-use formtune_agent::sense::block::{OpTotals, SPAN};
+use formtune_agent::sense::block::{LatencyTotals, OpTotals, SPAN};
 use formtune_common::block::{FLUSH, READ, WRITE};
+use formtune_common::histogram::{lower_bound, upper_bound};
 use formtune_core::units::Nanos;
 use nix::fcntl::OFlag;
 use std::fs::{self, File, OpenOptions};
@@ -13,8 +19,18 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// The disk that xtask gives the machine; QEMU lets it do so many operations per second.
+/// The disk that xtask gives the machine.
 const DISK: &str = "vda";
+/// QEMU lets it do so many operations per second (`DISK` in xtask/src/test/kernels.rs)…
+const PER_SECOND: u64 = 400;
+/// …and a tenth of a second's worth at once after a pause (util/throttle.c).
+const BURST: u64 = PER_SECOND / 10;
+/// A request takes at most so much less than its read does by the process's clock: a share of
+/// it, or this long, whichever is more.
+const LESS: f64 = 0.4;
+const LESS_NS: f64 = 1e6;
+/// Reads at once, where they are to queue up.
+const DEPTH: u64 = 4;
 const BLOCK: usize = 4096;
 const READS: u64 = 400;
 const WRITES: u64 = 100;
@@ -24,15 +40,20 @@ pub const LOAD: &str = "block-load";
 /// What [`load`] did.
 struct Done {
     elapsed_ns: u64,
+    /// What each read took by the process's clock, nanoseconds, sorted.
+    reads: Vec<u64>,
 }
 
-/// The process that makes the load: `block-load READS WRITES PROCS`; each write is followed by
-/// `fdatasync`. Prints how long it took, in nanoseconds.
+/// The process that makes the load: `block-load READS WRITES DEPTH PROCS`, so many reads by
+/// DEPTH threads, then the writes, each of them followed by `fdatasync`. Prints how long all
+/// of it and each of the reads took, in nanoseconds.
 ///
 /// # Errors
 /// Those of the disk.
 pub fn main(arguments: &[String]) -> Result<()> {
-    let [reads, writes, procs] = arguments else { bail!("{LOAD} READS WRITES PROCS") };
+    let [reads, writes, depth, procs] = arguments else { bail!("{LOAD} READS WRITES DEPTH PROCS") };
+    let (reads, depth): (u64, u64) = (reads.parse()?, depth.parse()?);
+    at_once()?;
     fs::write(procs, "0").with_context(|| format!("failed to write {procs}"))?;
     let disk = OpenOptions::new()
         .read(true)
@@ -40,36 +61,124 @@ pub fn main(arguments: &[String]) -> Result<()> {
         .custom_flags(OFlag::O_DIRECT.bits())
         .open(format!("/dev/{DISK}"))?;
     let start = Instant::now();
-    transfer(&disk, reads.parse()?, writes.parse()?)?;
+    let times = std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..depth)
+            .map(|at| {
+                scope.spawn({
+                    let disk = &disk;
+                    move || read(disk, at, reads / depth)
+                })
+            })
+            .collect();
+        readers
+            .into_iter()
+            .map(|reader| reader.join().expect("no panic"))
+            .collect::<Result<Vec<_>>>()
+    })?;
+    write(&disk, writes.parse()?)?;
     println!("{}", start.elapsed().as_nanos());
+    times.iter().flatten().for_each(|time| println!("{time}"));
+    Ok(())
+}
+
+/// Has this process run before all others: the machine's CPUs are busy, and what it waits for
+/// one is not the disk's time.
+fn at_once() -> Result<()> {
+    let parameters = nix::libc::sched_param { sched_priority: 1 };
+    // SAFETY: a policy of its own process and a valid structure.
+    let set =
+        unsafe { nix::libc::sched_setscheduler(0, nix::libc::SCHED_FIFO, &raw const parameters) };
+    ensure!(set == 0, "no SCHED_FIFO: {}", std::io::Error::last_os_error());
     Ok(())
 }
 
 #[repr(align(4096))]
 struct Page([u8; BLOCK]);
 
-fn transfer(disk: &File, reads: u64, writes: u64) -> Result<()> {
-    let mut page = Page([7; BLOCK]);
-    // Not one after the other, so that nothing is read ahead of time.
-    let at = |i: u64| i * 37 % 1_000 * BLOCK as u64;
+/// Not one after the other, so that nothing is merged or read ahead of time.
+fn place(i: u64) -> u64 {
+    i * 37 % 1_000 * BLOCK as u64
+}
+
+/// Reads, one after the other; what each took.
+fn read(disk: &File, thread: u64, reads: u64) -> Result<Vec<u64>> {
+    let mut page = Page([0; BLOCK]);
+    let mut times = Vec::with_capacity(reads as usize);
     for i in 0..reads {
-        disk.read_exact_at(&mut page.0, at(i))?;
+        let start = Instant::now();
+        disk.read_exact_at(&mut page.0, place(thread * 250 + i))?;
+        times.push(start.elapsed().as_nanos() as u64);
     }
+    Ok(times)
+}
+
+fn write(disk: &File, writes: u64) -> Result<()> {
+    let page = Page([7; BLOCK]);
     for i in 0..writes {
-        disk.write_all_at(&page.0, at(i))?;
+        disk.write_all_at(&page.0, place(i))?;
         disk.sync_data()?;
     }
     Ok(())
 }
 
 /// Runs the load as a process of a cgroup.
-fn load(procs: &Path, reads: u64, writes: u64) -> Result<Done> {
+fn load(procs: &Path, reads: u64, writes: u64, depth: u64) -> Result<Done> {
     let out = Command::new("/proc/self/exe")
-        .args([LOAD, &reads.to_string(), &writes.to_string()])
+        .arg(LOAD)
+        .args([reads, writes, depth].map(|number| number.to_string()))
         .arg(procs)
         .output()?;
     ensure!(out.status.success(), "load: {}", String::from_utf8_lossy(&out.stderr));
-    Ok(Done { elapsed_ns: String::from_utf8(out.stdout)?.trim().parse()? })
+    let text = String::from_utf8(out.stdout)?;
+    let mut numbers = text.lines().map(str::parse);
+    let elapsed_ns = numbers.next().context("no output")??;
+    let mut reads = numbers.collect::<Result<Vec<u64>, _>>()?;
+    reads.sort_unstable();
+    Ok(Done { elapsed_ns, reads })
+}
+
+/// How much less than `ns` so many requests may take.
+fn less(ns: u64, requests: u64) -> f64 {
+    (ns as f64 * LESS).max(requests as f64 * LESS_NS)
+}
+
+/// Reads that were counted from `before` to `after` took what is known of them, in sum and at
+/// each quantile: no longer than by the process's own clock, up to the width of a bucket, and
+/// not much shorter; all together as long as the disk's limit demands at least.
+fn latency_is_known(before: &LatencyTotals, after: &LatencyTotals, done: &Done) -> Result<String> {
+    let reads = done.reads.len() as u64;
+    let limit_ns = (reads - BURST) * 1_000_000_000 / PER_SECOND;
+    // A twentieth for the clocks of machine and host.
+    let elapsed_ns = done.elapsed_ns;
+    ensure!(elapsed_ns >= limit_ns / 20 * 19, "the disk is too fast: {elapsed_ns}, {limit_ns} ns");
+    let counts: Vec<u64> =
+        after.dense().iter().zip(before.dense()).map(|(after, before)| after - before).collect();
+    let (ours, theirs) = (after.sum_ns - before.sum_ns, done.reads.iter().sum::<u64>());
+    ensure!(
+        ours <= theirs && ours as f64 >= theirs as f64 - less(theirs, reads),
+        "reads took {ours} ns, {theirs} ns by the clock of their process"
+    );
+    let mut shown = Vec::new();
+    // Below are those that the disk let through at once.
+    for quantile in [0.25, 0.5, 0.9, 0.99] {
+        let rank = (quantile * reads as f64) as u64;
+        let mut sum = 0;
+        let bucket = counts.iter().position(|count| {
+            sum += count;
+            sum > rank
+        });
+        let bucket = bucket.context("fewer times than reads")? as u32;
+        let theirs = done.reads[rank as usize];
+        let (from, to) = (lower_bound(bucket), upper_bound(bucket));
+        ensure!(
+            from <= theirs && to as f64 >= theirs as f64 - less(theirs, 1),
+            "p{}: {from} to {to} ns, {theirs} ns by the clock of their process",
+            quantile * 100.0
+        );
+        let shown_as = |ns| Duration::from_micros(ns / 1_000);
+        shown.push(format!("p{} {:?} ({:?})", quantile * 100.0, shown_as(to), shown_as(theirs)));
+    }
+    Ok(shown.join(", "))
 }
 
 /// A VM's requests on the disk, or the host's.
@@ -107,7 +216,7 @@ pub fn check(
     let health = sense.block().health();
     ensure!(!health.notes, "times are noted although the kernel keeps them: {health:?}");
 
-    let done = load(procs, READS, WRITES)?;
+    let done = load(procs, READS, WRITES, 1)?;
     sense.sample(now()?);
     let [read, written, flushed] = [READ, WRITE, FLUSH].map(|op| totals(sense, Some(vm), op));
     let (read, written, flushed) = (read?, written?, flushed?);
@@ -129,6 +238,9 @@ pub fn check(
         "requests took {total} ns of {} ns",
         done.elapsed_ns
     );
+    let none = LatencyTotals::default();
+    let alone = latency_is_known(&none, &read.total, &done).context("one at a time")?;
+    latency_is_known(&none, &read.device, &done).context("in the device, one at a time")?;
     ensure!(read.device.sum_ns <= read.total.sum_ns, "more in the device than in all");
     let occupied = sense.block().occupants(now()?);
     let occupied = occupied.get(&device_of(sense, vm)?).context("nobody was in the device")?;
@@ -136,33 +248,38 @@ pub fn check(
     ensure!(occupied.first().is_some_and(|(_, ns)| *ns == in_device), "{SPAN}: {occupied:?}");
 
     let before = totals(sense, None, READ)?.requests;
-    load(outside, READS, 0)?;
+    load(outside, READS, 0, 1)?;
     sense.sample(now()?);
     let host = totals(sense, None, READ)?.requests - before;
     ensure!(host == READS, "{host} reads of the host's");
     ensure!(totals(sense, Some(vm), READ)?.requests == READS, "charged to the VM");
 
+    let done = load(procs, READS, 0, DEPTH)?;
+    sense.sample(now()?);
+    let after = totals(sense, Some(vm), READ)?;
+    ensure!(after.requests == 2 * READS, "{} reads of {}", after.requests, 2 * READS);
+    let queued = latency_is_known(&read.total, &after.total, &done)
+        .with_context(|| format!("{DEPTH} at a time"))?;
+
     set(settings[1])?;
     set(settings[2])?;
-    load(procs, 1, 0)?;
+    load(procs, 1, 0, 1)?;
     sense.sample(now()?);
     let health = sense.block().health();
     ensure!(health.notes, "no times, and they are not noted: {health:?}");
     let before = totals(sense, Some(vm), READ)?;
-    let done = load(procs, READS, 0)?;
+    let done = load(procs, READS, 0, 1)?;
     sense.sample(now()?);
     let after = totals(sense, Some(vm), READ)?;
     let (total, device) =
         (after.total.count() - before.total.count(), after.device.count() - before.device.count());
     ensure!((total, device) == (READS, READS), "{total} and {device} times of {READS}");
-    let noted = after.total.sum_ns - before.total.sum_ns;
-    ensure!(noted <= done.elapsed_ns && noted > done.elapsed_ns / 4, "{noted} ns");
+    latency_is_known(&before.total, &after.total, &done).context("by the map")?;
     set(settings[0])?;
     let health = sense.block().health();
     ensure!(health.counters.full + health.counters.discarded == 0, "{health:?}");
-    let each = Duration::from_nanos(read.total.sum_ns / READS);
     Ok(format!(
-        "{READS} reads ({each:.1?} each), {WRITES} writes, {WRITES} flushes; {host} of the host's; \
+        "{READS} reads ({alone}; {DEPTH} at a time: {queued}), {WRITES} writes, {WRITES} flushes; {host} of the host's; \
          {READS} by the map"
     ))
 }

@@ -9,6 +9,7 @@
 use formtune_agent::sense::block::{Occupant, OpTotals};
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
 use formtune_common::block::{FLUSH, READ, WRITE};
+use formtune_common::histogram::upper_bound;
 use formtune_core::units::Nanos;
 use formtune_tests::block::{BlockVm, LoopDevice, fio};
 use formtune_tests::vm_cgroup::VmCgroup;
@@ -23,6 +24,15 @@ const READS: &[&str] = &[
     "--iodepth=16",
     "--number_ios=2000",
     "--io_size=1g",
+];
+/// The same, so many that chance evens out.
+const MANY: &[&str] = &[
+    "--bs=4k",
+    "--rw=randread",
+    "--ioengine=io_uring",
+    "--iodepth=16",
+    "--number_ios=50000",
+    "--io_size=10g",
 ];
 /// Large ones, one after the other, so that what they take is the device's time.
 const LARGE: &[&str] =
@@ -252,6 +262,98 @@ fn times_are_noted_where_requests_carry_none() {
     }
     runs.check();
     assert_eq!(bed.sense.block().health().counters.not_noted, 0);
+}
+
+/// The standard error of a sum of `x` when one in 2^shift is looked at: each counts as much as
+/// it does with that probability, which is a variance of (2^shift − 1) x².
+fn standard_error(squares: f64, shift: u8) -> f64 {
+    (squares * (f64::exp2(shift.into()) - 1.0)).sqrt()
+}
+
+/// Upper estimate of the sum of the squares of the times that were counted.
+fn squares(totals: &OpTotals) -> f64 {
+    let times = totals.total.dense();
+    times
+        .iter()
+        .enumerate()
+        .map(|(at, n)| *n as f64 * (upper_bound(at as u32) as f64).powi(2))
+        .sum()
+}
+
+/// One request in eight counts as eight, in count and time; those that are left out are
+/// counted. Nothing is left in the map of noted times.
+#[test]
+fn sampled_requests_are_unbiased_in_count_and_time() {
+    const SHIFT: u8 = 3;
+    let vm = BlockVm::new("ft-block-sampled");
+    let device = LoopDevice::new();
+    let mut bed = Bed::new(&[&vm]);
+    bed.sense.sample_one_in(SHIFT);
+    let path = vm.group.path();
+    let (mut last, mut left_out) = (OpTotals::default(), 0);
+    let (mut runs, mut told) = (Vec::new(), false);
+    while runs.len() < 2 || (runs.len() < 8 && !told) {
+        let before = device.reads();
+        let job = fio(&device, Some(vm.procs()), MANY);
+        let kernel_ns = (device.reads().1 - before.1) as f64 * 1e6;
+        bed.sample();
+        let totals = bed.totals(Some(path), &device, READ);
+        let counters = bed.sense.block().health().counters;
+        let (requests, all) = (totals.requests - last.requests, job.read.total_ios);
+        let ns = (totals.total.sum_ns - last.total.sum_ns) as f64;
+        assert_eq!((requests % 8, totals.total.count()), (0, totals.requests));
+        let error = standard_error(all as f64, SHIFT);
+        let error_ns = standard_error(squares(&totals) - squares(&last), SHIFT);
+        // Those of other devices are among them.
+        let seen = requests / 8 + counters.unsampled - left_out;
+        println!(
+            "fio: {all} reads, kernel: {:.0} ms; counted: {requests} ± {error:.0} reads, {:.0} ± \
+             {:.0} ms; {} left out",
+            kernel_ns / 1e6,
+            ns / 1e6,
+            error_ns / 1e6,
+            counters.unsampled - left_out
+        );
+        assert!(requests as f64 <= all as f64 + 6.0 * error, "{requests} of {all} ± {error}");
+        assert!(seen as f64 > all as f64 * 0.9, "{seen} of {all} were looked at or left out");
+        let off = (requests as f64 - all as f64).abs();
+        // As in `reads_are_counted_and_timed_as_the_kernel_does`, and chance on top.
+        let times = (kernel_ns * 0.95 - 2e6 - 6.0 * error_ns)..=(kernel_ns + 2e6 + 6.0 * error_ns);
+        told |= off <= 6.0 * error && times.contains(&ns);
+        runs.push((requests, all));
+        (last, left_out) = (totals, counters.unsampled);
+    }
+    assert!(told, "{runs:?}");
+    let sum = runs.iter().fold((0, 0), |sum, run| (sum.0 + run.0, sum.1 + run.1));
+    assert!(sum.0 as f64 > sum.1 as f64 * 0.9, "{runs:?}");
+}
+
+/// Also where times are noted in a map: a request that is left out leaves nothing behind.
+#[test]
+fn noted_times_go_with_requests_that_are_left_out() {
+    let vm = BlockVm::new("ft-block-forgets");
+    let device = LoopDevice::new();
+    device.set("iostats", "0");
+    device.set("wbt_lat_usec", "0");
+    let mut bed = Bed::new(&[&vm]);
+    fio(&device, Some(vm.procs()), READS);
+    bed.sample();
+    assert!(bed.sense.block().health().notes);
+    bed.sense.sample_one_in(6);
+    let of = |bed: &Bed| bed.totals(Some(vm.group.path()), &device, READ);
+    let (before, mut all) = (of(&bed), 0);
+    for _ in 0..3 {
+        all += fio(&device, Some(vm.procs()), MANY).read.total_ios;
+    }
+    bed.sample();
+    let after = of(&bed);
+    let timed = (after.total.count() - before.total.count()) as f64;
+    let error = standard_error(all as f64, 6);
+    let (noted, left) = (bed.sense.block().noted(), bed.sense.block().health().counters);
+    println!("{timed} ± {error:.0} of {all} reads have times; {noted} still noted, {left:?}");
+    assert!((all as f64 * 0.9 - 6.0 * error..all as f64 + 6.0 * error).contains(&timed));
+    // One per request of the device at most, whose end was not seen.
+    assert!(noted <= 256, "{noted} of {all}");
 }
 
 #[test]

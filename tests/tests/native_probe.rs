@@ -273,6 +273,41 @@ fn a_wait_is_charged_to_whoever_held_the_cpu() {
     assert!(blamed > 0.8, "the host held the CPU for {blamed} of the waits only");
 }
 
+/// A VM for which there is no slot is known as such: what it does to others is nobody's known,
+/// not the host's.
+#[test]
+fn a_vm_without_a_slot_is_not_taken_for_the_host() {
+    let _alone = alone();
+    let both = [VmCgroup::new("ft-slotless-a"), VmCgroup::new("ft-slotless-b")];
+    let start = Instant::now();
+    let config = SenseConfig {
+        patterns: both.iter().map(|vm| vm.pattern().parse().unwrap()).collect(),
+        max_vms: 1,
+        ..SenseConfig::default()
+    };
+    let mut sense = Sense::open(&config, None).unwrap();
+    let reading = sense.sample(now(start));
+    // Either may have got the slot: the one that has not is the hog.
+    let at = usize::from(reading.vms[&both[0].id()].runq.is_none());
+    let (victim, hog) = (&both[at], &both[1 - at]);
+    let id = victim.id();
+    let works = || work_and_sleep(Duration::from_millis(2));
+    let _victim = Member::start(victim, "vcpu0", Some(0), works);
+    let _hog = Member::start(hog, "vcpu0", Some(0), spin);
+    sense.sample(now(start));
+    let mut sum = HeldInterval::default();
+    while sum.total_ns() < 500_000_000 {
+        assert!(start.elapsed() < LIMIT, "{sum:?}");
+        std::thread::sleep(Duration::from_millis(100));
+        sum.add(sense.sample(now(start)).vms[&id].held.as_ref().unwrap());
+    }
+    let unknown = sum.unknown_ns as f64 / sum.total_ns() as f64;
+    println!("{sum:?}");
+    // The rest is what other work on this machine took of that CPU.
+    assert!(unknown > 0.3, "of the waits for the hog {unknown} are nobody's known: {sum:?}");
+    assert!(sense.runq(&hog.id()).is_none() && sense.health().cgroups_not_measured == 0);
+}
+
 /// One switch in eight counts as eight: the counts of a load of thousands of switches agree
 /// with the kernel's within what chance allows, and the cost falls.
 #[test]

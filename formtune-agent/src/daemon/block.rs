@@ -59,6 +59,9 @@ impl Agent {
             unsupported,
             host: self.block_devices(host).into_values().collect(),
             unmeasured_vms: health.not_attributed.into(),
+            unmeasured_cgroups: health.cgroups_not_counted.into(),
+            rows: health.rows.into(),
+            rows_used: health.rows_taken.into(),
             span: SPAN,
             counters: BlockCounters {
                 no_bio: counters.no_bio,
@@ -67,11 +70,13 @@ impl Agent {
                 no_issued: counters.no_issued,
                 discarded: counters.discarded,
                 full: counters.full,
+                unknown_cgroup: counters.unknown_cgroup,
                 missed: health.missed,
                 passthrough: counters.passthrough,
                 merged: counters.merged,
                 requeued: counters.requeued,
                 partial: counters.partial,
+                unsampled: counters.unsampled,
             },
         }
     }

@@ -114,6 +114,15 @@ pub struct BlockNode {
     pub host: Vec<BlockDevice>,
     /// VMs whose block I/O cannot be told from the host's.
     pub unmeasured_vms: u64,
+    /// cgroups of VMs that found no room in the probe's table.
+    #[serde(default)]
+    pub unmeasured_cgroups: u64,
+    /// Rows there are: one for each VM (and the host), device and operation.
+    #[serde(default)]
+    pub rows: u64,
+    /// Of these, how many are taken.
+    #[serde(default)]
+    pub rows_used: u64,
     /// Time looked back on for occupants.
     pub span: Nanos,
     /// Since the agent started.
@@ -133,8 +142,11 @@ pub struct BlockCounters {
     pub no_issued: u64,
     /// Impossible times; not counted.
     pub discarded: u64,
-    /// No room in the probe's table; not counted.
+    /// No row was free; not counted.
     pub full: u64,
+    /// Of a cgroup that may be a VM's for which there was no room; not counted.
+    #[serde(default)]
+    pub unknown_cgroup: u64,
     /// Not seen, as the probe was busy on the same CPU; `None` where the kernel does not say.
     pub missed: Option<u64>,
     /// Drivers' own commands; not counted.
@@ -145,4 +157,7 @@ pub struct BlockCounters {
     pub requeued: u64,
     /// Done in parts; counted once.
     pub partial: u64,
+    /// Not looked at, to stay within `probe_budget`; others count for them.
+    #[serde(default)]
+    pub unsampled: u64,
 }

@@ -148,6 +148,15 @@ impl Families<'_> {
             Some(node.probe.unmeasured_vms as f64),
         )?;
         self.one(
+            "formtune_probe_unmeasured_cgroups",
+            "cgroups of VMs that found no room in the probe's table",
+            Some(node.probe.unmeasured_cgroups as f64),
+        )?;
+        let help = "VMs that the run-queue probe has room for";
+        self.one("formtune_probe_slots", help, Some(node.probe.slots as f64))?;
+        let help = "Of these, how many are taken";
+        self.one("formtune_probe_slots_used", help, Some(node.probe.slots_used as f64))?;
+        self.one(
             "formtune_probe_cost_cpus",
             "CPUs that the probes' programs took when that was last measured",
             node.probe.cost_cpus,

@@ -125,6 +125,15 @@ pub struct ProbeState {
     pub discarded: u64,
     /// VMs that found no room in the probe's table.
     pub unmeasured_vms: u64,
+    /// cgroups of VMs that found none.
+    #[serde(default)]
+    pub unmeasured_cgroups: u64,
+    /// VMs that there is room for.
+    #[serde(default)]
+    pub slots: u64,
+    /// Of these, how many are taken.
+    #[serde(default)]
+    pub slots_used: u64,
     /// CPUs that the programs took when that was last measured; `None` before, and where the
     /// kernel keeps no statistics.
     pub cost_cpus: Option<f64>,

@@ -18,7 +18,7 @@ pub struct ProbeHealth {
     pub not_measured: u32,
     /// cgroups that the probe looks for.
     pub cgroups: u32,
-    /// cgroups of measured VMs that the probe has no room for.
+    /// cgroups of VMs that the probe has no room for.
     pub cgroups_not_measured: u32,
     /// Of `cgroups`, those in the slower hash map.
     pub cgroups_spilled: u32,

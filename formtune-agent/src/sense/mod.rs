@@ -18,6 +18,7 @@ pub mod kernel;
 mod libvirt_names;
 pub mod probes;
 mod runq;
+mod shortage;
 mod slots;
 mod table;
 pub mod tcp;
@@ -41,6 +42,7 @@ use formtune_core::units::{Nanos, VmId};
 use inventory::{Change, Group, Tree};
 use probes::{CostMeter, Kernel};
 use runq::HeldBy;
+use shortage::Shortage;
 use slots::Slots;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -126,6 +128,7 @@ pub struct Sense {
     files: files::Files,
     tcp: Tcp,
     block: Block,
+    shortage: Shortage,
 }
 
 struct Tracked {
@@ -198,6 +201,7 @@ impl Sense {
             files: files::Files::open(),
             tcp,
             block,
+            shortage: Shortage::of(config.max_vms),
         })
     }
 
@@ -233,6 +237,7 @@ impl Sense {
         self.tcp.sample(now);
         self.slots.flush_log();
         self.update_health();
+        self.shortage.look(&self.health, &self.block);
         let (cpus, cpu_busy_ns) = self.host_cpu.read();
         let cost = self.cost.tick(now);
         self.health.cost = cost.or(self.health.cost);
@@ -248,7 +253,9 @@ impl Sense {
 
     /// From now on the probes look at one event in 2^shift, which counts as 2^shift.
     pub fn sample_one_in(&mut self, shift: u8) {
-        self.slots.sample_one_in(shift);
+        // One line per probe that can. Segments that the host's TCP sends again are too few.
+        self.slots.set_sampling_shift(shift.into());
+        self.block.set_sampling_shift(shift.into());
         self.tcp.set_sampling_shift(shift.into());
         self.sampling_shift = shift;
         self.health.sampling_shift = shift;
@@ -443,7 +450,10 @@ impl Sense {
         let mut vms = BTreeMap::from_iter(vms);
         self.name_holders(held_by, &mut vms);
         self.health.not_measured = self.tracked.len() as u32 - measured;
-        self.health.cgroups_not_measured = cgroups_not_measured;
+        // Without the probe nothing is looked for.
+        self.health.cgroups_not_measured =
+            if self.slots.total() > 0 { cgroups_not_measured } else { 0 };
+        self.slots.set_complete(cgroups_not_measured == 0);
         self.health.counted += counted;
         self.health.discarded += discarded;
         let share = discarded as f64 / (counted + discarded).max(1) as f64;

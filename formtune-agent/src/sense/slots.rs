@@ -7,7 +7,7 @@ use super::probes::{self, Kernel, ProbeError, RunqProbe, Sizes};
 use super::runq::{HeldBy, RunqReader, RunqTotals, Scratch, SlotRows};
 use super::table::Table;
 use crate::vm::CgroupVersion;
-use formtune_common::runq::{Control, Row};
+use formtune_common::runq::{Control, HOST, Row, UNMEASURED, vm};
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::Nanos;
 use std::collections::{BTreeSet, VecDeque};
@@ -34,6 +34,7 @@ pub struct Slots {
     free: BTreeSet<u32>,
     resting: VecDeque<(Nanos, u32, SlotRows)>,
     scratch: Scratch,
+    control: Control,
 }
 
 /// What a VM holds.
@@ -69,9 +70,9 @@ impl Slot {
         self.counted.len() as u32
     }
 
-    /// cgroups of a measured VM that the probe has no room for.
+    /// cgroups that the probe has no room for.
     pub fn not_counted(&self) -> u32 {
-        if self.is_measured() { (self.ids.len() - self.counted.len()) as u32 } else { 0 }
+        (self.ids.len() - self.counted.len()) as u32
     }
 }
 
@@ -94,6 +95,7 @@ impl Slots {
             table: Table::new(sizes.table),
             resting: VecDeque::new(),
             scratch: Scratch::default(),
+            control: control(),
         };
         (slots, state)
     }
@@ -128,24 +130,17 @@ impl Slots {
     }
 
     /// Gives a VM a slot if there is one, and tells the probe of its cgroups; what does not
-    /// fit is tried again with the next reading.
+    /// fit is tried again with the next reading. Those of a VM without a slot are known as such.
     pub fn ensure(&mut self, slot: &mut Slot) {
-        if slot.is_measured() && slot.counted.len() == slot.ids.len() {
+        let settled = slot.is_measured() || self.free.is_empty();
+        if settled && slot.counted.len() == slot.ids.len() {
             return;
         }
-        let Some(probe) = &mut self.probe else { return };
         if slot.reader.is_none() {
-            let Some(number) = self.free.first().copied() else { return };
-            match probe.map_slot(number) {
-                Ok(rows) => slot.reader = Some((number, RunqReader::new(rows))),
-                Err(error) => {
-                    tracing::warn!("failed to map slot {number} of map ROWS: {error}");
-                    return;
-                }
-            }
-            self.free.remove(&number);
+            self.give(slot);
         }
-        let Some((number, _)) = slot.reader else { return };
+        let Some(probe) = &mut self.probe else { return };
+        let number = slot.number().unwrap_or(UNMEASURED);
         for &id in &slot.ids {
             if !slot.counted.contains(&id) {
                 match self.table.insert(&mut probe.cgroups, id, number) {
@@ -156,6 +151,23 @@ impl Slots {
                     }
                 };
             }
+        }
+    }
+
+    /// Gives a VM that has none a slot, if there is one.
+    fn give(&mut self, slot: &mut Slot) {
+        let (Some(probe), Some(&number)) = (&self.probe, self.free.first()) else { return };
+        match probe.map_slot(number) {
+            Ok(rows) => slot.reader = Some((number, RunqReader::new(rows))),
+            Err(error) => {
+                tracing::warn!("failed to map slot {number} of map ROWS: {error}");
+                return;
+            }
+        }
+        self.free.remove(&number);
+        // Known to be no slot's until now.
+        for id in std::mem::take(&mut slot.counted) {
+            self.forget(id);
         }
     }
 
@@ -200,12 +212,26 @@ impl Slots {
     }
 
     /// From now on the probe looks at one switch in 2^shift.
-    pub fn sample_one_in(&mut self, shift: u8) {
-        let control = Control { sampling_shift: shift.into(), ..control() };
-        if let Some(probe) = &mut self.probe
-            && let Err(error) = probe.control(control)
-        {
-            tracing::warn!("the run-queue probe looks at as many switches as before: {error}");
+    pub fn set_sampling_shift(&mut self, shift: u32) {
+        self.control(Control { sampling_shift: shift, ..self.control });
+    }
+
+    /// Whether every cgroup of every VM is known to the probe: else one that is not need not be
+    /// the host's.
+    pub fn set_complete(&mut self, complete: bool) {
+        let outside = if complete { HOST } else { vm(UNMEASURED) };
+        self.control(Control { outside, ..self.control });
+    }
+
+    fn control(&mut self, control: Control) {
+        if control == self.control {
+            return;
+        }
+        if let Some(probe) = &mut self.probe {
+            match probe.control(control) {
+                Ok(()) => self.control = control,
+                Err(error) => tracing::warn!("the run-queue probe goes on as before: {error}"),
+            }
         }
     }
 
@@ -270,7 +296,7 @@ fn load(
 }
 
 fn control() -> Control {
-    Control { blame_ns: BLAME.0, ..Control::default() }
+    Control { sampling_shift: 0, outside: HOST, blame_ns: BLAME.0 }
 }
 
 fn unavailable(error: &ProbeError) -> ProbeState {

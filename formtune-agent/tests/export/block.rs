@@ -41,6 +41,9 @@ pub fn node() -> BlockNode {
         unsupported: None,
         host: vec![device("sda", &[(Op::Write, 1_000_000, 11)], &[])],
         unmeasured_vms: 0,
+        unmeasured_cgroups: 0,
+        rows: 4_352,
+        rows_used: 3,
         span: Nanos::from_secs(10),
         counters: BlockCounters { no_cgroup: 3, full: 2, merged: 40, ..BlockCounters::default() },
     }

@@ -16,11 +16,14 @@
 #![allow(missing_docs)]
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST};
-use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, Queue};
 use aya_ebpf::programs::BtfTracePointContext;
-use formtune_common::block::{Counters, FLUSH, HOST, Key, READ, Row, Start, WRITE, device};
+use formtune_common::block::{
+    Control, Counters, FLUSH, HOST, Key, READ, Row, Start, WRITE, device,
+};
+use formtune_common::sampling::{keeps, weight};
 use formtune_common::table::TableEntry;
 use formtune_ebpf::count::{add_shared_u32, add_shared_u64, add_u64};
 use formtune_ebpf::histogram::bucket;
@@ -39,6 +42,8 @@ static ROW_OF: HashMap<Key, u32> = HashMap::with_max_entries(256, 0);
 /// Rows that nobody has; the agent puts them in.
 #[map]
 static FREE: Queue<u32> = Queue::with_max_entries(256, 0);
+#[map]
+static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
 /// By the address of a request, where it carries no times itself.
@@ -113,11 +118,14 @@ static CGROUP_KN: Constant = Constant::new();
 #[unsafe(no_mangle)]
 static KN_ID: Constant = Constant::new();
 
-/// Adds one to a counter of this CPU; most requests need none.
+/// Adds to a counter of this CPU, one or as many as a request counts for; most need none.
 macro_rules! count {
     ($counter:ident) => {
+        count!($counter, 1_u32)
+    };
+    ($counter:ident, $weight:expr) => {
         if let Some(counters) = COUNTERS.get_ptr_mut(0) {
-            add_u64(&raw mut (*counters).$counter, 1);
+            add_u64(&raw mut (*counters).$counter, u64::from($weight));
         }
     };
 }
@@ -182,6 +190,8 @@ pub fn block_rq_issue_of(ctx: BtfTracePointContext) -> i32 {
 /// Looks at a request that is done, or a part of it.
 #[inline(always)]
 fn completed(ctx: &BtfTracePointContext) -> Option<()> {
+    let control = CONTROL.get(0)?;
+    let shift = control.sampling_shift & 15;
     let request: *const u8 = ctx.arg(0);
     let bytes: u32 = ctx.arg(2);
     // SAFETY: `request` is one, and the others are reached from it, each checked (see
@@ -205,6 +215,18 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
             count!(passthrough);
             return None;
         }
+        let mut queued = stamp(request, flags, &QUEUED_FLAG, &RQ_START_TIME);
+        let mut issued = stamp(request, flags, &ISSUED_FLAG, &RQ_IO_START_TIME);
+        // Decided here, where it is a request's end and what is left out can be counted one
+        // by one: so far all was in the request, and the expensive part comes.
+        if shift != 0 && !keeps(bpf_get_prandom_u32(), shift) {
+            if queued == 0 || issued == 0 {
+                forget(request);
+            }
+            count!(unsampled);
+            return None;
+        }
+        let weight = weight(shift);
         let bio: *const u8 = field(request, &RQ_BIO);
         let op = if command == REQ_OP_READ {
             READ
@@ -220,25 +242,30 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
         } else {
             FLUSH
         };
-        let mut queued = stamp(request, flags, &QUEUED_FLAG, &RQ_START_TIME);
-        let mut issued = stamp(request, flags, &ISSUED_FLAG, &RQ_IO_START_TIME);
         if queued == 0 || issued == 0 {
             noted(request, &mut queued, &mut issued);
             if queued == 0 {
-                count!(no_queued);
+                count!(no_queued, weight);
             }
             if issued == 0 && op != FLUSH {
-                count!(no_issued);
+                count!(no_issued, weight);
             }
         }
         let now = bpf_ktime_get_ns();
         if queued > now || issued > now {
-            count!(discarded);
+            count!(discarded, weight);
             return None;
         }
-        let who = whose(bio);
+        let who = match whose(bio, weight) {
+            Some(who) => who,
+            None if control.incomplete == 0 => HOST,
+            None => {
+                count!(unknown_cgroup, weight);
+                return None;
+            }
+        };
         let Some(device) = disk(request) else {
-            count!(no_bio);
+            count!(no_bio, weight);
             return None;
         };
         let key = Key { who, device, op };
@@ -247,7 +274,7 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
             None => match take(&key) {
                 Some(number) => number,
                 None => {
-                    count!(full);
+                    count!(full, weight);
                     return None;
                 }
             },
@@ -256,18 +283,18 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
         let mut at = None;
         if queued != 0 {
             at = bucket(now - queued);
-            add_shared_u32((&raw mut (*row).total).cast::<u32>().add(at?), 1);
-            add_shared_u64(&raw mut (*row).total_ns, now - queued);
+            add_shared_u32((&raw mut (*row).total).cast::<u32>().add(at?), weight);
+            add_shared_u64(&raw mut (*row).total_ns, (now - queued) * u64::from(weight));
         }
         if issued != 0 {
             // Often the same: the kernel reads the clock once for what is submitted together.
             if issued != queued {
                 at = bucket(now - issued);
             }
-            add_shared_u32((&raw mut (*row).device).cast::<u32>().add(at?), 1);
-            add_shared_u64(&raw mut (*row).device_ns, now - issued);
+            add_shared_u32((&raw mut (*row).device).cast::<u32>().add(at?), weight);
+            add_shared_u64(&raw mut (*row).device_ns, (now - issued) * u64::from(weight));
         }
-        add_shared_u32(&raw mut (*row).count, 1);
+        add_shared_u32(&raw mut (*row).count, weight);
     }
     Some(())
 }
@@ -285,23 +312,24 @@ unsafe fn stamp(request: *const u8, flags: u32, needed: &Constant, time: &Consta
     }
 }
 
-/// The VM whose block cgroup is to pay for a bio; [`HOST`] if there is none.
+/// The VM whose block cgroup is to pay for a bio; [`HOST`] if no cgroup is, `None` if it is not
+/// in the table.
 #[inline(always)]
-unsafe fn whose(bio: *const u8) -> u32 {
+unsafe fn whose(bio: *const u8, weight: u32) -> Option<u32> {
     // SAFETY: as demanded of the caller; every pointer may be null and is checked.
     unsafe {
         if bio.is_null() {
-            count!(no_bio);
-            return HOST;
+            count!(no_bio, weight);
+            return Some(HOST);
         }
         if !field::<*const u8>(bio, &BIO_NEXT).is_null() {
-            count!(merged);
+            count!(merged, weight);
         }
         let Some(id) = cgroup_id(bio) else {
-            count!(no_cgroup);
-            return HOST;
+            count!(no_cgroup, weight);
+            return Some(HOST);
         };
-        slot(&TABLE, TABLE_MASK.get(), &SPILL, id).unwrap_or(HOST)
+        slot(&TABLE, TABLE_MASK.get(), &SPILL, id)
     }
 }
 
@@ -406,6 +434,13 @@ fn requeued(request: *const u8) {
     }
 }
 
+/// Forgets what [`note`] noted of a request.
+#[inline(always)]
+fn forget(request: *const u8) {
+    // Mostly there is nothing.
+    let _ = STARTS.remove(&(request as u64));
+}
+
 /// Fills in what is missing from what [`note`] noted, and forgets it.
 #[inline(always)]
 unsafe fn noted(request: *const u8, queued: &mut u64, issued: &mut u64) {
@@ -419,7 +454,7 @@ unsafe fn noted(request: *const u8, queued: &mut u64, issued: &mut u64) {
             if *issued == 0 {
                 *issued = (*start).issued;
             }
-            let _ = STARTS.remove(&address);
+            forget(request);
         }
     }
 }

@@ -20,7 +20,7 @@ use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_get_smp_processor_id};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap};
 use aya_ebpf::programs::BtfTracePointContext;
-use formtune_common::runq::{Control, HOLDERS, HOST, NOBODY, PAST, Row, Running, Stint, vm};
+use formtune_common::runq::{Control, HOLDERS, NOBODY, PAST, Row, Running, Stint, UNMEASURED, vm};
 use formtune_common::sampling::{keeps, weight};
 use formtune_common::table::TableEntry;
 use formtune_ebpf::count::{add_u32, add_u64};
@@ -109,13 +109,15 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
         let holder = match found {
             Some(slot) => vm(slot),
             // Most switches are between tasks of the host.
-            None if (*running).holder == HOST => return None,
-            None => HOST,
+            None if (*running).holder == control.outside => return None,
+            None => control.outside,
         };
         let cfs_rq: *const u8 = field(next, &TASK_CFS_RQ);
         let rq: *const u8 = field(cfs_rq, &CFS_RQ_RQ);
         let clock: u64 = field(rq, &RQ_CLOCK);
-        if let Some(slot) = found {
+        if let Some(slot) = found
+            && slot != UNMEASURED
+        {
             let last_queued: u64 = field(next, &TASK_LAST_QUEUED);
             let row = ROWS.get_ptr_mut(slot * ROWS_PER_SLOT.get() + cpu)?;
             // Never after the clock, except with an unstable clock; none where the kernel

@@ -5,7 +5,7 @@
 
 use super::Count;
 use crate::vm::initramfs::{INIT_PAYLOAD, Initramfs};
-use crate::vm::kernel::{self, Kernel};
+use crate::vm::kernel::{self, Kernel, Series};
 use crate::vm::run::{Ended, Machine, run as run_machine};
 use crate::{progress, sh};
 use anyhow::{Context, Result};
@@ -69,12 +69,12 @@ struct Checked {
     checks: Vec<Check>,
 }
 
-/// Builds the payload and runs it on every kernel.
-pub fn run() -> Result<Count> {
+/// Builds the payload and runs it on these kernels, oldest first.
+pub fn run(kernels: &[Series]) -> Result<Count> {
     let programs = build()?;
     let mut count = Count::default();
     let mut all = Vec::new();
-    for series in kernel::TESTED {
+    for series in kernels {
         let kernel = kernel::get(*series)?;
         match run_on(&kernel, series.name(), &programs) {
             Ok((checked, counted)) => {

@@ -9,6 +9,7 @@ mod kernels;
 use crate::demo::interrupt;
 use crate::setup::{self, Purpose};
 use crate::sh;
+use crate::vm::kernel::{self, Series};
 use anyhow::Result;
 use binaries::Binaries;
 use std::fmt;
@@ -21,6 +22,9 @@ pub struct Args {
     /// Only this tier; may be given more than once
     #[arg(long, value_name = "TIER", value_enum)]
     only: Vec<Tier>,
+    /// In the tier `vm`, only this kernel; may be given more than once
+    #[arg(long, value_name = "SERIES", value_parser = kernel::series)]
+    kernel: Vec<Series>,
     /// As root, a tier that is not run is a failure; set by a variable CI in the environment
     #[arg(long)]
     ci: bool,
@@ -85,7 +89,7 @@ impl Tier {
         matches!(self, Self::Unit | Self::Native | Self::Crash | Self::Guest | Self::E2e)
     }
 
-    fn run(self, binaries: Option<&Binaries>) -> Result<Count> {
+    fn run(self, binaries: Option<&Binaries>, kernels: &[Series]) -> Result<Count> {
         // Built before whenever a tier that needs them was chosen.
         let binaries = || binaries.expect("the test programs were built");
         match self {
@@ -94,7 +98,7 @@ impl Tier {
             Self::Fuzz => fuzz::run(),
             Self::Native => binaries().run(self, binaries::native),
             Self::Crash => binaries().run(self, binaries::crash),
-            Self::Vm => kernels::run(),
+            Self::Vm => kernels::run(kernels),
             Self::Guest => guest::run(binaries()),
             Self::E2e => e2e::run(binaries()),
             Self::Demo => Ok(demo()),
@@ -197,11 +201,12 @@ pub fn run(args: Args) -> Result<ExitCode> {
     } else {
         None
     };
+    let kernels = if args.kernel.is_empty() { kernel::TESTED } else { &args.kernel };
     let mut outcomes = Vec::new();
     for tier in tiers {
         let outcome = match why_not(tier) {
             Some(why) => Outcome::NotRun(why),
-            None => run_tier(tier, binaries.as_ref()),
+            None => run_tier(tier, binaries.as_ref(), kernels),
         };
         interrupt::check()?;
         println!("{}", line(tier, &outcome));
@@ -222,10 +227,10 @@ fn why_not(tier: Tier, root: bool, missing: &[&str]) -> Option<String> {
         .then(|| format!("missing {}; `cargo xtask setup` says how", missing.join(", ")))
 }
 
-fn run_tier(tier: Tier, binaries: Option<&Binaries>) -> Outcome {
+fn run_tier(tier: Tier, binaries: Option<&Binaries>, kernels: &[Series]) -> Outcome {
     let start = Instant::now();
     // A tier that breaks down has failed; the others still run.
-    let count = tier.run(binaries).unwrap_or_else(|error| Count {
+    let count = tier.run(binaries, kernels).unwrap_or_else(|error| Count {
         failed: 1,
         notes: vec![format!("{error:#}")],
         ..Count::default()

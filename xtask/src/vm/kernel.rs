@@ -42,6 +42,17 @@ impl Series {
     }
 }
 
+/// One of [`TESTED`] by its name, for the command line.
+///
+/// # Errors
+/// When there is none.
+pub fn series(name: &str) -> Result<Series, String> {
+    TESTED.iter().copied().find(|series| series.name() == name).ok_or_else(|| {
+        let names: Vec<&str> = TESTED.iter().map(|series| series.name()).collect();
+        format!("none of {}", names.join(", "))
+    })
+}
+
 /// An unpacked kernel.
 #[derive(Clone, Debug)]
 pub struct Kernel {

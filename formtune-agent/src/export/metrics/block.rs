@@ -84,6 +84,15 @@ impl Families<'_> {
             "VMs whose block I/O is charged to no cgroup of theirs",
             Some(block.unmeasured_vms as f64),
         )?;
+        self.one(
+            "formtune_block_unmeasured_cgroups",
+            "cgroups of VMs that found no room in the probe's table",
+            Some(block.unmeasured_cgroups as f64),
+        )?;
+        let help = "Rows of the probe: one for each VM (and the host), device and operation";
+        self.one("formtune_block_rows", help, Some(block.rows as f64))?;
+        let help = "Of these, how many are taken";
+        self.one("formtune_block_rows_used", help, Some(block.rows_used as f64))?;
         let counters = &block.counters;
         self.counter(
             "formtune_block_unattributed_total",
@@ -99,14 +108,21 @@ impl Families<'_> {
         )?;
         self.counter(
             "formtune_block_lost_total",
-            "Block requests that are in no histogram: impossible times, no room in the table, \
-             not seen",
+            "Block requests that are in no histogram: impossible times, no row free, of a cgroup \
+             that may be a VM's, not seen",
             [
                 ("discarded", Some(counters.discarded)),
                 ("full", Some(counters.full)),
+                ("unknown_cgroup", Some(counters.unknown_cgroup)),
                 ("missed", counters.missed),
             ]
             .map(|(why, count)| ([("reason", why)], count.map(|count| count as f64))),
+        )?;
+        self.counter(
+            "formtune_block_unsampled_total",
+            "Block requests that were not looked at, to stay within the probes' budget; those that \
+             were count for them too",
+            [([], Some(counters.unsampled as f64))],
         )?;
         self.counter(
             "formtune_block_special_total",

@@ -15,7 +15,7 @@ use super::health::ProbeState;
 use super::probes::{BLOCK_RQ_COMPLETE, BlockProbe, BlockSizes, Kernel, ProbeError};
 use super::table::Table;
 use devices::Devices;
-use formtune_common::block::{Counters, HOST, Key, Row};
+use formtune_common::block::{Control, Counters, HOST, Key, Row};
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::Nanos;
 use occupancy::Occupancy;
@@ -70,6 +70,7 @@ pub struct Block {
     /// Of [`Counters::taken`], those that are in `taken` or were.
     known: u64,
     counters: Counters,
+    control: Control,
     intervals: BTreeMap<u32, RunqInterval>,
     occupancy: Occupancy,
     devices: Devices,
@@ -156,6 +157,7 @@ impl Block {
             taken: BTreeMap::new(),
             known: 0,
             counters: Counters::default(),
+            control: Control::default(),
             intervals: BTreeMap::new(),
             occupancy: Occupancy::default(),
             devices: Devices::new(),
@@ -167,6 +169,23 @@ impl Block {
     /// The probe's programs, to be asked what they cost.
     pub fn programs(&self) -> Vec<OwnedFd> {
         self.probe.as_ref().map_or_else(Vec::new, BlockProbe::programs)
+    }
+
+    /// From now on the probe looks at one request in 2^shift, which counts as so many.
+    pub fn set_sampling_shift(&mut self, shift: u32) {
+        self.control(Control { sampling_shift: shift, ..self.control });
+    }
+
+    fn control(&mut self, control: Control) {
+        if control == self.control {
+            return;
+        }
+        if let Some(probe) = &mut self.probe {
+            match probe.control(control) {
+                Ok(()) => self.control = control,
+                Err(error) => tracing::warn!("the block I/O probe goes on as before: {error}"),
+            }
+        }
     }
 
     /// A VM that appeared, or whose cgroups are others now. Its number, for
@@ -209,6 +228,8 @@ impl Block {
             return;
         }
         self.look(now);
+        let incomplete = u32::from(self.cgroups_not_counted() > 0);
+        self.control(Control { incomplete, ..self.control });
         self.count();
         self.intervals.clear();
         self.drain(now);
@@ -267,6 +288,11 @@ impl Block {
         all.map(|(device, all)| (device, named(all))).collect()
     }
 
+    /// Requests under way whose times are noted in a map; slow, for tests.
+    pub fn noted(&self) -> usize {
+        self.probe.as_ref().map_or(0, BlockProbe::noted)
+    }
+
     /// Name of a device, e.g. `sda`.
     pub fn device(&self, device: u32) -> String {
         self.devices.name(device)
@@ -274,19 +300,29 @@ impl Block {
 
     /// State of the sensor.
     pub fn health(&self) -> BlockHealth {
-        let not_counted =
-            |vm: &BlockVm| vm.ids.as_ref().map_or(0, BTreeSet::len) - vm.counted.len();
         BlockHealth {
             probe: self.state.clone(),
             notes: self.probe.as_ref().is_some_and(BlockProbe::notes),
             counters: self.counters,
             missed: self.probe.as_ref().and_then(BlockProbe::missed),
             not_attributed: self.vms.values().filter(|vm| vm.ids.is_none()).count() as u32,
-            cgroups_not_counted: self.vms.values().map(not_counted).sum::<usize>() as u32,
+            cgroups_not_counted: self.cgroups_not_counted(),
             rows: if self.probe.is_some() { self.sizes.rows } else { 0 },
             rows_taken: self.taken.len() as u32,
             map_bytes: if self.probe.is_some() { self.sizes.bytes() } else { 0 },
         }
+    }
+
+    /// cgroups of VMs that the probe has no room for.
+    pub fn cgroups_not_counted(&self) -> u32 {
+        let not_counted =
+            |vm: &BlockVm| vm.ids.as_ref().map_or(0, BTreeSet::len) - vm.counted.len();
+        self.vms.values().map(not_counted).sum::<usize>() as u32
+    }
+
+    /// Requests that are in no row as all were taken, and how many rows there are.
+    pub fn without_row(&self) -> (u64, u32) {
+        (self.counters.full, self.sizes.rows)
     }
 
     /// Tells the probe of cgroups that have come and of those that are gone.

@@ -2,10 +2,10 @@
 
 use super::{CgroupTable, Kernel, ProbeError, load, take};
 use crate::sense::btf::BtfError;
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, Queue};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue};
 use aya::programs::BtfTracePoint;
 use aya::{Ebpf, include_bytes_aligned};
-use formtune_common::block::{Counters, Key, Row};
+use formtune_common::block::{Control, Counters, Key, Row, Start};
 use formtune_common::table::TableEntry;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -75,7 +75,9 @@ pub struct BlockProbe {
     rows: MapData,
     row_of: HashMap<MapData, Key, u32>,
     free: Queue<MapData, u32>,
+    control: Array<MapData, Control>,
     counters: PerCpuArray<MapData, Counters>,
+    starts: HashMap<MapData, u64, Start>,
     /// Whether the programs that note times are attached.
     notes: bool,
     /// Which of both kinds of them this kernel takes; `None` if neither could be loaded.
@@ -124,13 +126,17 @@ impl BlockProbe {
         let cgroups = CgroupTable::of(&mut ebpf)?;
         let row_of = take(&mut ebpf, "ROW_OF")?.try_into().map_err(aya::EbpfError::from)?;
         let free = take(&mut ebpf, "FREE")?.try_into().map_err(aya::EbpfError::from)?;
+        let control = take(&mut ebpf, "CONTROL")?.try_into().map_err(aya::EbpfError::from)?;
+        let starts = take(&mut ebpf, "STARTS")?.try_into().map_err(aya::EbpfError::from)?;
         let counters = take(&mut ebpf, "COUNTERS")?.try_into().map_err(aya::EbpfError::from)?;
         let mut probe = Self {
             cgroups,
             rows,
             row_of,
             free,
+            control,
             counters,
+            starts,
             notes: false,
             second_argument: None,
             ebpf,
@@ -165,6 +171,12 @@ impl BlockProbe {
         self.notes
     }
 
+    /// Requests under way whose times are noted in the map. Asks the kernel for one after
+    /// the other.
+    pub fn noted(&self) -> usize {
+        self.starts.keys().count()
+    }
+
     /// From now on, notes the times that requests do not carry. Does nothing where that is
     /// so already, or cannot be.
     ///
@@ -180,6 +192,14 @@ impl BlockProbe {
         }
         self.notes = true;
         Ok(())
+    }
+
+    /// Changes what may be changed while it runs.
+    ///
+    /// # Errors
+    /// If the map cannot be written, which a map of this kind always can.
+    pub fn control(&mut self, control: Control) -> Result<(), ProbeError> {
+        Ok(self.control.set(0, control, 0).map_err(aya::EbpfError::from)?)
     }
 
     /// What is not in the rows, since the probe was loaded.
@@ -203,7 +223,7 @@ impl BlockProbe {
         info.lines().find_map(|line| line.strip_prefix("recursion_misses:")?.trim().parse().ok())
     }
 
-    /// Its programs, to be asked what they cost.
+    /// Its programs, those that note times among them, to be asked what they cost.
     pub fn programs(&self) -> Vec<OwnedFd> {
         super::programs(&self.ebpf)
     }
