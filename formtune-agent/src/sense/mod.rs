@@ -121,6 +121,8 @@ pub struct Sense {
     cost: CostMeter,
     sampling_shift: u8,
     health: ProbeHealth,
+    /// Whether it was said that there are more VMs than slots.
+    full_said: bool,
     files: files::Files,
     tcp: Tcp,
     block: Block,
@@ -190,6 +192,7 @@ impl Sense {
             cost: CostMeter::new(programs),
             sampling_shift: 0,
             health,
+            full_said: false,
             files: files::Files::open(),
             tcp,
             block,
@@ -466,6 +469,14 @@ impl Sense {
         let measured = self.tracked.values().filter(|t| t.slot.is_measured()).count();
         self.health.slots_used = self.slots.used();
         self.health.not_measured = (self.tracked.len() - measured) as u32;
+        let full = self.health.not_measured > 0 && self.slots.used() == self.slots.total();
+        if full && self.slots.total() > 0 && !std::mem::replace(&mut self.full_said, true) {
+            tracing::warn!(
+                "more VMs than can be measured: there is room for {} (`max_vms`); the others are \
+                 listed without latencies until one of these goes",
+                self.slots.total()
+            );
+        }
         (self.health.cgroups, self.health.cgroups_spilled) = self.slots.cgroups();
         self.health.cgroups_not_measured =
             self.tracked.values().map(|t| t.slot.not_counted()).sum();
