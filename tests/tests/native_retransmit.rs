@@ -5,13 +5,15 @@ use formtune_agent::sense::probes::{Floor, TapMethod};
 use formtune_agent::sense::tcp::{GuestCounts, HostCounts};
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
 use formtune_core::units::{Nanos, VmId};
-use formtune_tests::agent::program;
+use formtune_tests::agent::{Site, program};
 use formtune_tests::frames::Wire;
 use formtune_tests::net;
 use formtune_tests::payload::Agent;
 use formtune_tests::taps::{self, TapGuest};
 use formtune_tests::twin::Twin;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
+use formtune_tests::wait::until;
+use nix::sys::signal::Signal;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -220,6 +222,88 @@ fn counts_of_a_sample_of_flows_are_without_bias() {
     guest.end();
 }
 
+/// A process that leaves one VM for another takes its device along; nothing counts for both.
+#[test]
+fn a_device_is_one_vm_s_at_a_time() {
+    net::own_namespace().unwrap();
+    let (first, second) = (VmCgroup::new("ft-tap-from"), VmCgroup::new("ft-tap-to"));
+    let mut sensing = Sensing::open(&[&first, &second]);
+    let mut guest = TapGuest::start(&first, &["ft-tap3"]);
+    let limit = Duration::from_secs(10);
+    let segments =
+        |counts: Option<GuestCounts>| counts.map_or((0, 0), |c| (c.taps.len(), c.sent.segments));
+    let of = |s: &mut Sensing| [&first, &second].map(|vm| segments(s.guest(&vm.id())));
+    sensing.until(limit, of, |counts| *counts == [(1, 0), (0, 0)]);
+    (0..20).for_each(|n| guest.send(&Wire::data(1, n * 100, 100).v4()));
+    sensing.until(limit, of, |counts| *counts == [(1, 20), (0, 0)]);
+
+    let procs = second.path().join("emulator/cgroup.procs");
+    std::fs::write(procs, guest.id().to_string()).unwrap();
+    // New devices have all VMs looked at.
+    let _other = net::tap("ft-tap4").unwrap();
+    sensing.until(limit, of, |counts| *counts == [(0, 20), (1, 0)]);
+    (20..50).for_each(|n| guest.send(&Wire::data(1, n * 100, 100).v4()));
+    sensing.until(limit, of, |counts| counts[1].1 >= 30);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(of(&mut sensing), [(0, 20), (1, 30)]);
+    guest.end();
+}
+
+/// More devices and VMs than places: those that have none are counted nowhere, and one line of the
+/// log says so.
+#[test]
+fn what_has_no_place_is_said_once_and_counted_for_nobody() {
+    net::own_namespace().unwrap();
+    let (some, others) = (VmCgroup::new("ft-tap-some"), VmCgroup::new("ft-tap-none"));
+    let mut some_guest = TapGuest::start(&some, &["ft-s0", "ft-s1", "ft-s2", "ft-s3"]);
+    let limit = Duration::from_secs(20);
+    let site = Site::new(&format!(
+        "max_vms = 1\nlibvirt = \"off\"\nlisten = \"off\"\ncgroups = [\"{}\", \"{}\"]",
+        some.pattern(),
+        others.pattern()
+    ))
+    .unwrap();
+    let agent = site.run(&[]).unwrap();
+    let metric = |name: &str| -> f64 {
+        let text = agent.get("/metrics").unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect(name);
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let taps =
+        || ["formtune_tcp_taps ", "formtune_tcp_unmeasured_taps "].map(|name| metric(name) as u32);
+    until(limit, "two of four taps", || (taps() == [2, 2]).then_some(()));
+    // There are places for two devices.
+    let mut others_guest = TapGuest::start(&others, &["ft-o0"]);
+    until(limit, "two of five taps", || (taps() == [2, 3]).then_some(()));
+    let frames = |guest: &mut TapGuest| {
+        (0..10).for_each(|n| guest.send(&Wire::data(1, n * 100, 100).v4()));
+    };
+    frames(&mut some_guest);
+    frames(&mut others_guest);
+    let counted = |vm: &VmCgroup| {
+        let text = agent.get("/metrics").unwrap();
+        let of = format!("formtune_vm_tcp_segments_total{{vm=\"{}\"", vm.id().0);
+        let values = text.lines().filter(|line| line.starts_with(&of));
+        values.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum::<f64>()
+    };
+    until(limit, "count", || (counted(&some) >= 10.0).then_some(()));
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!((counted(&some), counted(&others)), (10.0, 0.0));
+
+    // Those that have places go: the other VM's turn.
+    some_guest.end();
+    until(limit, "one tap", || (taps() == [1, 0]).then_some(()));
+    frames(&mut others_guest);
+    until(limit, "count", || (counted(&others) >= 10.0).then_some(()));
+    assert_eq!((counted(&some), counted(&others)), (10.0, 10.0));
+    assert!(agent.end(Signal::SIGTERM).unwrap().success());
+    let log = site.log();
+    let said = |what: &str| log.lines().filter(|line| line.contains(what)).count();
+    assert_eq!(said("there is room for 2 (`max_vms`)"), 1, "{log}");
+    assert_eq!(said("VMs wait for CPUs unmeasured"), 1, "{log}");
+    others_guest.end();
+}
+
 /// Programs of the agent on a device, and whether somebody else's is still on it.
 fn on_device(device: &str, method: TapMethod) -> (usize, bool) {
     match method {
@@ -260,7 +344,7 @@ fn programs_leave_the_device_with_the_agent() {
     let start = || Agent::start(&program(), folder.path(), &settings).unwrap();
     let mut agent = start();
     until("it attaches", &|| on_device(TAP, method) == (2, true));
-    agent.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    agent.signal(Signal::SIGKILL).unwrap();
     agent.wait().unwrap();
     if method == TapMethod::Tcx {
         until("links end with their process", &|| on_device(TAP, method) == (0, true));
@@ -268,7 +352,7 @@ fn programs_leave_the_device_with_the_agent() {
 
     let mut agent = start();
     until("it attaches again, and only once", &|| on_device(TAP, method) == (2, true));
-    agent.signal(nix::sys::signal::Signal::SIGTERM).unwrap();
+    agent.signal(Signal::SIGTERM).unwrap();
     assert!(agent.wait().unwrap().success());
     until("they leave when it stops", &|| on_device(TAP, method) == (0, true));
     guest.end();

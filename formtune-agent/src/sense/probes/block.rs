@@ -158,7 +158,7 @@ impl BlockProbe {
         for (first_argument, second_argument, tracepoint) in NOTE {
             let name = if second { second_argument } else { first_argument };
             let program: &mut BtfTracePoint = self.ebpf.program_mut(name)?.try_into().ok()?;
-            if let Err(error) = program.load(tracepoint, &kernel.types) {
+            if let Err(error) = super::verified(|| program.load(tracepoint, &kernel.types)) {
                 tracing::warn!("{name} is not loaded: {}", super::program_error(&error));
                 return None;
             }

@@ -7,6 +7,7 @@ mod find;
 mod guest;
 mod host;
 mod links;
+mod places;
 mod taps;
 
 pub use guest::{GuestCounts, GuestHealth};

@@ -4,16 +4,17 @@
 //!
 //! A VM's devices are looked for when it appears, some more times at growing intervals, and
 //! when the kernel reports new devices. One that vanishes takes the programs with it; its
-//! place is freed then.
+//! place is freed then. A device is one VM's at a time.
 
 use super::super::probes::{Owner, TapLinks, TapMethod, TapProbe, TapSizes};
 use super::super::table::Table;
 use super::find::taps_of;
 use super::guest::{GuestCounts, Published, lock};
 use super::links::Links;
+use super::places::{Places, REST, Refused};
 use formtune_common::tcp::{TapControl, TapRow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,8 +52,9 @@ pub struct Follower {
     published: Arc<Mutex<Published>>,
     links: Option<Links>,
     table: Table,
-    /// Places, those that were freed last at the end.
-    free: VecDeque<u32>,
+    places: Places,
+    /// Whether it was said that they do not suffice.
+    no_room_said: bool,
     vms: BTreeMap<PathBuf, Vm>,
     /// All network devices there were at the last news.
     devices: BTreeSet<u32>,
@@ -65,7 +67,7 @@ pub struct Follower {
 struct Vm {
     taps: BTreeMap<u32, Tap>,
     /// Devices that are not looked at.
-    failed: BTreeMap<u32, String>,
+    failed: BTreeSet<u32>,
     counts: GuestCounts,
     look_at: Instant,
     look_next: Duration,
@@ -90,7 +92,8 @@ impl Follower {
             published,
             links: links.ok(),
             table: Table::new(sizes.table),
-            free: (0..sizes.places).collect(),
+            places: Places::new(sizes.places),
+            no_room_said: false,
             vms: BTreeMap::new(),
             devices: devices(),
             read_at: Instant::now(),
@@ -198,7 +201,7 @@ impl Follower {
                     changed = true;
                 }
             }
-            vm.failed.retain(|index, _| found.contains_key(index));
+            vm.failed.retain(|index| found.contains_key(index));
             for (index, name) in found {
                 if vm.taps.contains_key(&index) {
                     continue;
@@ -209,17 +212,32 @@ impl Follower {
                         vm.failed.remove(&index);
                         vm.taps.insert(index, tap);
                     }
-                    Err(why) => {
-                        if vm.failed.insert(index, why.clone()).is_none() {
-                            tracing::warn!("tap device {name} is not looked at: {why}");
-                        }
-                        self.why = Some(format!("{name}: {why}"));
-                    }
+                    Err(why) => self.refuse(&mut vm, index, &name, &why),
                 }
             }
             self.vms.insert(path, vm);
         }
         changed
+    }
+
+    /// A device of `vm` is not looked at. Says so once for each; of those for which there is no
+    /// room, for the first one only.
+    fn refuse(&mut self, vm: &mut Vm, index: u32, name: &str, why: &Refused) {
+        let first = match why {
+            // What rests is free in a moment.
+            Refused::NoRoom(_) if self.places.expects() => {
+                vm.look_at = vm.look_at.min(Instant::now() + REST);
+                vm.failed.insert(index);
+                return;
+            }
+            Refused::NoRoom(_) => !std::mem::replace(&mut self.no_room_said, true),
+            Refused::Other(_) => !vm.failed.contains(&index),
+        };
+        vm.failed.insert(index);
+        self.why = Some(format!("{name}: {why}"));
+        if first {
+            tracing::warn!("tap device {name} is not looked at: {why}");
+        }
     }
 
     /// Sees to it that filters on devices may be this agent's, and that no dead one has any there.
@@ -242,10 +260,12 @@ impl Follower {
     }
 
     /// # Errors
-    /// Why not, one line.
-    fn attach(&mut self, index: u32, name: &str) -> Result<Tap, String> {
+    /// Why not.
+    fn attach(&mut self, index: u32, name: &str) -> Result<Tap, Refused> {
         self.own()?;
-        let place = self.free.pop_front().ok_or("there is room for no more devices")?;
+        self.take_over(index)?;
+        let place = self.places.take(Instant::now())?;
+        let last = self.probe.row(place);
         let attached =
             self.table.insert(&mut self.probe.interfaces, index.into(), place).and_then(|()| {
                 self.probe.attach(name).inspect_err(|_| {
@@ -253,14 +273,30 @@ impl Follower {
                 })
             });
         match attached {
-            Ok(links) => {
-                Ok(Tap { name: name.to_owned(), place, last: self.probe.row(place), links })
-            }
+            Ok(links) => Ok(Tap { name: name.to_owned(), place, last, links }),
             Err(why) => {
-                self.free.push_front(place);
-                Err(why)
+                self.places.put_back(place);
+                Err(why.into())
             }
         }
+    }
+
+    /// Sees to it that no VM but the one that is looked at has a device. Its process may have
+    /// moved, and the VM that it has left is not looked at every time.
+    ///
+    /// # Errors
+    /// Another VM has it still, one line.
+    fn take_over(&mut self, index: u32) -> Result<(), String> {
+        let other = self.vms.iter_mut().find(|(_, vm)| vm.taps.contains_key(&index));
+        let Some((path, vm)) = other else { return Ok(()) };
+        if taps_of(path).contains_key(&index) {
+            return Err(format!("{} has it as well", path.display()));
+        }
+        if let Some(mut tap) = vm.taps.remove(&index) {
+            tap.read(&self.probe, &mut vm.counts);
+            self.let_go(index, tap);
+        }
+        Ok(())
     }
 
     fn let_go(&mut self, index: u32, tap: Tap) {
@@ -269,7 +305,12 @@ impl Follower {
         if let Err(error) = self.table.remove(&mut self.probe.interfaces, index.into()) {
             tracing::warn!("interface {index} may be counted on: {error}");
         }
-        self.free.push_back(tap.place);
+        let now = Instant::now();
+        self.places.free(tap.place, now);
+        // Somebody may be waiting for it.
+        for vm in self.vms.values_mut().filter(|vm| !vm.failed.is_empty()) {
+            vm.look_at = vm.look_at.min(now + REST);
+        }
     }
 
     fn read(&mut self) {
@@ -303,7 +344,7 @@ impl Vm {
     fn new(now: Instant) -> Self {
         Self {
             taps: BTreeMap::new(),
-            failed: BTreeMap::new(),
+            failed: BTreeSet::new(),
             counts: GuestCounts::default(),
             look_at: now,
             look_next: LOOK_FIRST,
