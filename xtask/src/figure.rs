@@ -94,8 +94,8 @@ impl Figure {
     ///
     /// # Panics
     /// As [`Figure::measured`].
-    pub fn total(name: &str, unit: &str, ours: f64, parts: &[f64], target: &str) -> Self {
-        let figure = Self::measured(name, unit, &[ours], None, None, Some(target));
+    pub fn total(name: &str, unit: &str, ours: f64, parts: &[f64], target: Option<&str>) -> Self {
+        let figure = Self::measured(name, unit, &[ours], None, None, target);
         Self { ci95: stats::mean_ci95(parts), ..figure }
     }
 }
@@ -172,11 +172,11 @@ mod tests {
         let mut parts = [0.1; 12];
         parts[5] = 12.0;
         let total = parts.iter().sum::<f64>() / 12.0;
-        let figure = Figure::total("a", "%", total, &parts, "ours <= 0.5");
+        let figure = Figure::total("a", "%", total, &parts, Some("ours <= 0.5"));
         assert_eq!((figure.ours, figure.rounds, figure.met), (Some(total), 1, Some(false)));
         let [low, high] = figure.ci95.unwrap();
         assert!(low <= total && total <= high, "{low} to {high}");
-        assert_eq!(Figure::total("a", "MiB", 30.0, &[], "ours <= 32").ci95, None);
+        assert_eq!(Figure::total("a", "MiB", 30.0, &[], Some("ours <= 32")).ci95, None);
     }
 
     #[test]

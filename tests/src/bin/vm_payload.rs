@@ -76,10 +76,15 @@ fn main() -> ExitCode {
     checks.run("attributes", || attributes(load.as_ref().map_err(|e| anyhow::anyhow!("{e:#}"))?));
     checks.run("retransmit", || {
         let mut sense = open_sense()?;
-        retransmit::check(&mut sense, &"idle".into(), &make_group(IDLE)?, now)
+        let detail = retransmit::check(&mut sense, &"idle".into(), &make_group(IDLE)?, now)?;
+        let figure = format!("yes, {}", sense.tcp_health().guest.method.name());
+        Ok(Passed { detail, figure: Some(figure) })
     });
     checks.run("pressure", pressure);
-    checks.run("block", block);
+    // Both ways are checked: the kernel notes times as long as a device's `iostats` say so.
+    checks.run("block", || {
+        Ok(Passed { detail: block()?, figure: Some("yes, the kernel's or noted".to_owned()) })
+    });
     checks.run("acts", acts);
     let mut agent = None;
     checks.run("closes the loop", || {

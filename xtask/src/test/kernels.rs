@@ -52,6 +52,9 @@ const COLUMNS: &[(&str, &[&str])] = &[
     ("acts (4:1 weights)", &["acts"]),
     ("closes the loop", &["closes the loop"]),
     ("restores after SIGKILL, on stop", &["restores after SIGKILL", "restores on stop"]),
+    ("TCP, taps by", &["retransmit"]),
+    ("block I/O, times", &["block"]),
+    ("pressure", &["pressure"]),
 ];
 
 impl fmt::Display for Check {
@@ -258,10 +261,11 @@ mod tests {
         assert_eq!(
             table(&all),
             "| kernel | loads | attributes waits | acts (4:1 weights) | closes the loop | \
-             restores after SIGKILL, on stop | sings |\n\
-             | --- | --- | --- | --- | --- | --- | --- |\n\
-             | 5.10.0-32-cloud-amd64 | yes | – | 4.02 | – | –, yes | yes |\n\
-             | 7.3.4+deb13-cloud-amd64 | yes | – | **no** | – | –, – | – |"
+             restores after SIGKILL, on stop | TCP, taps by | block I/O, times | pressure | \
+             sings |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n\
+             | 5.10.0-32-cloud-amd64 | yes | – | 4.02 | – | –, yes | – | – | – | yes |\n\
+             | 7.3.4+deb13-cloud-amd64 | yes | – | **no** | – | –, – | – | – | – | – |"
         );
     }
 

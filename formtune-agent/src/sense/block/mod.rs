@@ -35,7 +35,8 @@ const CGROUPS_PER_VM: u32 = 16;
 /// The rows of a VM that is gone are kept this long: a request that found the VM just before
 /// its cgroups left the table may still look for its row (microseconds).
 const REST: Nanos = Nanos::from_secs(1);
-/// Where cgroups are not those that discovery follows they are looked for this often at first.
+/// Where cgroups are not those that discovery follows they are looked for again after this, and
+/// after twice as long each time.
 const LOOK_FRESH: Nanos = Nanos::from_secs(1);
 /// How long "at first" is.
 const FRESH: Nanos = Nanos::from_secs(10);
@@ -334,7 +335,10 @@ impl Block {
         self.look_due = Nanos(now.0 + LOOK.0);
         for (path, vm) in &mut self.vms {
             let interval = match vm.ids {
-                _ if now.since(vm.found_at) < FRESH => LOOK_FRESH,
+                // Later each time: after 1, 2, 4 … seconds.
+                _ if now.since(vm.found_at) < FRESH => {
+                    Nanos(LOOK_FRESH.0.max(vm.looked_at.map_or(0, |at| at.since(vm.found_at).0)))
+                }
                 None => LOOK_NONE,
                 Some(_) => LOOK,
             };
