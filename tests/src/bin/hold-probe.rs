@@ -5,8 +5,8 @@
 //! `hold-probe runq PATTERN`: all probes, with the VMs that the cgroup pattern names.
 //! `hold-probe block CGROUP`: the block I/O probe alone, with the VM that this cgroup of the
 //! `cpu` hierarchy is. `hold-probe collect PATTERN`: all sensors; for each line that it is sent
-//! it reads everything once, and prints the CPU time of that in nanoseconds and how many VMs had
-//! waits. Prints `ready` once it is attached, and what it counted at the end.
+//! it reads all histograms once (after the line `all`: CPU time and files of the kernel's too),
+//! and prints the CPU time of that in nanoseconds and how many VMs had waits. Prints `ready` once it is attached, and what it counted at the end.
 
 use anyhow::{Context, Result, bail};
 use formtune_agent::sense::block::Block;
@@ -18,7 +18,6 @@ use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::Path;
-use std::time::Instant;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -76,12 +75,14 @@ fn collect(pattern: &str) -> Result<()> {
     let patterns = vec![pattern.parse().context("bad pattern")?];
     let config = SenseConfig { patterns, max_vms: 1024, ..Default::default() };
     let mut sense = Sense::open(&config, None)?;
-    let start = Instant::now();
     println!("ready");
+    // What is no histogram is due once a second, and it is told how late it is.
+    let mut now = Nanos(1);
     for line in std::io::stdin().lines() {
-        line?;
+        let step = if line? == "all" { Nanos::from_secs(1) } else { Nanos::from_millis(1) };
+        now = Nanos(now.0 + step.0);
         let before = cpu_ns()?;
-        let reading = sense.sample(Nanos(start.elapsed().as_nanos() as u64 + 1));
+        let reading = sense.sample(now);
         let took = cpu_ns()? - before;
         let waited = |vm: &&VmReading| vm.runq.as_ref().is_some_and(|runq| !runq.counts.is_empty());
         println!("{took} {}", reading.vms.values().filter(waited).count());

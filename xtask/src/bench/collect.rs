@@ -1,6 +1,9 @@
 //! `cargo xtask bench collect`: CPU time of reading every histogram of 1,000 VMs, by how many
 //! of them had events since the reading before. All sensors are loaded; the events are
 //! wake-ups, one per VM and reading at least, as that is what every running VM has.
+//!
+//! `collect.everything_1000` is a reading with all that is due once a second besides: the CPU
+//! time of all VMs, and pressure and memory events of those whose turn it is.
 
 use super::load::{Cgroups, Load};
 use crate::demo::{image, interrupt};
@@ -46,6 +49,7 @@ pub fn run() -> Result<Vec<Figure>> {
     let mut reader = Reader::start(&holder, &cgroups.pattern())?;
     let mut step = progress::Step::start(format!("bench collect: {ROUNDS} rounds"));
     let mut ms: [Vec<f64>; ACTIVE.len()] = Default::default();
+    let mut everything = Vec::new();
     // The first round allocates what is kept, and is not counted.
     for round in 0..=ROUNDS {
         let mut running = 0;
@@ -57,10 +61,10 @@ pub fn run() -> Result<Vec<Figure>> {
             running = active;
             interrupt::wait(SETTLE, || step.tick())?;
             // Once for what was left over.
-            reader.read()?;
+            reader.read(Which::Everything)?;
             for _ in 0..READINGS {
                 interrupt::wait(Duration::from_millis(250), || step.tick())?;
-                let (took_ms, seen) = reader.read()?;
+                let (took_ms, seen) = reader.read(Which::Histograms)?;
                 // A few more or less: tasks wake up late on a busy host.
                 if seen.abs_diff(active) > VMS / 20 {
                     bail!("{seen} VMs had events where {active} were to have some");
@@ -68,6 +72,14 @@ pub fn run() -> Result<Vec<Figure>> {
                 if round > 0 {
                     ms[at].push(took_ms);
                 }
+            }
+        }
+        // All run now.
+        for _ in 0..READINGS {
+            interrupt::wait(Duration::from_millis(250), || step.tick())?;
+            let (took_ms, _) = reader.read(Which::Everything)?;
+            if round > 0 {
+                everything.push(took_ms);
             }
         }
         for load in &loads {
@@ -81,7 +93,8 @@ pub fn run() -> Result<Vec<Figure>> {
         let name = format!("collect.active_{}", ACTIVE[at]);
         Figure::measured(&name, "ms CPU", &ms[at], None, Some(&ms[0]), target)
     };
-    Ok(vec![figure(0, None), figure(1, None), figure(2, None), figure(3, Some("ours <= 3"))])
+    let all = Figure::measured("collect.everything_1000", "ms CPU", &everything, None, None, None);
+    Ok(vec![figure(0, None), figure(1, None), figure(2, None), figure(3, Some("ours <= 3")), all])
 }
 
 fn resume(loads: &[Load]) -> Result<()> {
@@ -99,6 +112,13 @@ fn build() -> Result<PathBuf> {
             .args(["--bin", "hold-probe"]),
     )?;
     Ok(sh::target().join("release/hold-probe"))
+}
+
+/// What a reading reads.
+#[derive(Clone, Copy)]
+enum Which {
+    Histograms,
+    Everything,
 }
 
 /// `hold-probe collect`, running.
@@ -127,8 +147,11 @@ impl Reader {
     }
 
     /// Milliseconds of CPU time that one reading took, and how many VMs had events.
-    fn read(&mut self) -> Result<(f64, usize)> {
-        self.orders.write_all(b"\n")?;
+    fn read(&mut self, which: Which) -> Result<(f64, usize)> {
+        self.orders.write_all(match which {
+            Which::Histograms => b"histograms\n",
+            Which::Everything => b"all\n",
+        })?;
         let line = self.line()?;
         let (ns, seen) = line.split_once(' ').with_context(|| format!("{line:?}"))?;
         Ok((ns.parse::<f64>()? / 1e6, seen.parse()?))
