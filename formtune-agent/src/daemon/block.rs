@@ -10,7 +10,6 @@ use crate::sense::block::{BlockTotals, LatencyTotals, Occupant, SPAN};
 use formtune_common::block::{READ, WRITE};
 use formtune_core::units::{Nanos, VmId};
 use std::collections::BTreeMap;
-use std::path::Path;
 
 impl Agent {
     /// A VM's block I/O; `None` while it is not measured. `occupants`: of every device.
@@ -31,12 +30,10 @@ impl Agent {
 
     /// The largest occupants of every device that is in use.
     pub(super) fn block_occupants(&self, now: Nanos) -> BTreeMap<u32, Vec<BlockOccupant>> {
-        let names: BTreeMap<&Path, &VmId> =
-            self.sense.vms().iter().map(|(id, vm)| (vm.cgroup.as_path(), id)).collect();
         let largest = |all: Vec<(Occupant<'_>, u64)>| -> Vec<BlockOccupant> {
             let sum: u64 = all.iter().map(|(_, ns)| ns).sum();
             let largest = all.into_iter().take(OCCUPANTS);
-            largest.map(|(who, ns)| occupant(who, ns, sum, &names)).collect()
+            largest.map(|(who, ns)| self.occupant(who, ns, sum)).collect()
         };
         let all = self.sense.block().occupants(now).into_iter();
         all.map(|(device, all)| (device, largest(all))).collect()
@@ -103,16 +100,18 @@ impl Agent {
         }
         devices
     }
-}
 
-fn occupant(who: Occupant<'_>, ns: u64, of: u64, names: &BTreeMap<&Path, &VmId>) -> BlockOccupant {
-    let who = match who {
-        Occupant::Host => Who::Host,
-        // One that has no name yet is none of the VMs that are shown.
-        Occupant::Vm(path) => names.get(path).map_or(Who::Host, |id| Who::Vm((*id).clone())),
-        Occupant::Gone => Who::Gone,
-    };
-    BlockOccupant { who, requests: ns as f64 / SPAN.0 as f64, share: ns as f64 / of as f64 }
+    fn occupant(&self, who: Occupant<'_>, ns: u64, of: u64) -> BlockOccupant {
+        let who = match who {
+            Occupant::Host => Who::Host,
+            // One that has no name yet is none of the VMs that are shown.
+            Occupant::Vm(path) => {
+                self.sense.vm_of(path).map_or(Who::Host, |id| Who::Vm(id.clone()))
+            }
+            Occupant::Gone => Who::Gone,
+        };
+        BlockOccupant { who, requests: ns as f64 / SPAN.0 as f64, share: ns as f64 / of as f64 }
+    }
 }
 
 fn counts(totals: &LatencyTotals) -> LatencyCounts {

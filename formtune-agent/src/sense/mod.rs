@@ -45,7 +45,8 @@ use runq::HeldBy;
 use shortage::Shortage;
 use slots::Slots;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tcp::{Tcp, TcpCounts, TcpHealth};
 use usage::{HostCpu, UsageReader};
@@ -116,7 +117,8 @@ pub struct Sense {
     discovery: Discovery,
     has_hypervisor: bool,
     domains: Vec<Domain>,
-    tracked: BTreeMap<PathBuf, Tracked>,
+    /// By cgroup. As bytes: paths are compared by their parts, which takes twenty times as long.
+    tracked: BTreeMap<OsString, Tracked>,
     paths: BTreeMap<VmId, PathBuf>,
     vms: BTreeMap<VmId, Arc<Vm>>,
     /// Something is new, or still waits for its name.
@@ -218,7 +220,7 @@ impl Sense {
                 Found::Domains(domains) => self.domains = domains,
                 Found::Change(Change::Appeared(group, ids)) => self.track(group, &ids, now),
                 Found::Change(Change::Regrouped(group, ids)) => {
-                    if let Some(tracked) = self.tracked.get_mut(&group.path) {
+                    if let Some(tracked) = self.tracked.get_mut(group.path.as_os_str()) {
                         self.tcp.track(&group.path, &ids, now);
                         self.slots.regroup(&mut tracked.slot, &ids);
                         tracked.block = self.block.track(&group.path, &ids, now);
@@ -266,21 +268,26 @@ impl Sense {
         &self.vms
     }
 
+    /// Whose cgroup this is.
+    pub fn vm_of(&self, cgroup: &Path) -> Option<&VmId> {
+        Some(&self.tracked.get(cgroup.as_os_str())?.vm.as_ref()?.id)
+    }
+
     /// A VM's waits since it was first seen; `None` if it is not measured.
     pub fn runq(&self, vm: &VmId) -> Option<&RunqTotals> {
-        let tracked = self.tracked.get(self.paths.get(vm)?)?;
+        let tracked = self.tracked.get(self.paths.get(vm)?.as_os_str())?;
         tracked.slot.is_measured().then_some(&tracked.totals)
     }
 
     /// cgroups that are counted for a VM; `None` if it is not measured.
     pub fn cgroups(&self, vm: &VmId) -> Option<u32> {
-        let tracked = self.tracked.get(self.paths.get(vm)?)?;
+        let tracked = self.tracked.get(self.paths.get(vm)?.as_os_str())?;
         tracked.slot.is_measured().then(|| tracked.slot.counted())
     }
 
     /// What the kernel's files say of a VM, at most a few seconds old while it runs.
     pub fn files(&self, vm: &VmId) -> Option<&VmFiles> {
-        Some(self.tracked.get(self.paths.get(vm)?)?.files.values())
+        Some(self.tracked.get(self.paths.get(vm)?.as_os_str())?.files.values())
     }
 
     /// The node's pressure, at most a second older than the last reading.
@@ -323,12 +330,12 @@ impl Sense {
             group,
             files: files::VmReader::default(),
         };
-        self.tracked.insert(tracked.group.path.clone(), tracked);
+        self.tracked.insert(tracked.group.path.clone().into(), tracked);
     }
 
     /// Forgets a VM; returns its name if it had one.
-    fn untrack(&mut self, path: &PathBuf, now: Nanos) -> Option<VmId> {
-        let tracked = self.tracked.remove(path)?;
+    fn untrack(&mut self, path: &Path, now: Nanos) -> Option<VmId> {
+        let tracked = self.tracked.remove(path.as_os_str())?;
         self.tcp.untrack(path, now);
         self.slots.release(tracked.slot, now);
         self.block.untrack(path, now);
@@ -341,8 +348,8 @@ impl Sense {
     /// Gives a name to what has none yet, and what libvirt knows to what it knows.
     fn identify(&mut self, now: Nanos, appeared: &mut Vec<VmId>, gone: &mut Vec<VmId>) {
         let version = self.hierarchies.version;
-        for (path, tracked) in &mut self.tracked {
-            let group = &tracked.group;
+        for tracked in self.tracked.values_mut() {
+            let (group, path) = (&tracked.group, &tracked.group.path);
             let domain = group.machine.as_ref().and_then(|machine| {
                 self.domains.iter().find(|domain| machine.is(domain.id, &domain.name))
             });
@@ -417,7 +424,7 @@ impl Sense {
         let (mut counted, mut discarded) = (0, 0);
         let (mut measured, mut cgroups_not_measured) = (0, 0);
         // One pass for everything: what a thousand VMs cost is to get at their memory.
-        for (path, tracked) in &mut self.tracked {
+        for tracked in self.tracked.values_mut() {
             self.slots.ensure(&mut tracked.slot);
             measured += u32::from(tracked.slot.is_measured());
             cgroups_not_measured += tracked.slot.not_counted();
@@ -432,7 +439,7 @@ impl Sense {
             if ran {
                 tracked.files.ran();
             }
-            let usage = tracked.usage.usage(&self.hierarchies, path, now, ran);
+            let usage = tracked.usage.usage(&self.hierarchies, &tracked.group.path, now, ran);
             if held != HeldBy::default() {
                 held_by.push((vm.id.clone(), held));
             }

@@ -21,6 +21,7 @@ use formtune_core::units::Nanos;
 use occupancy::Occupancy;
 use rows::{Rows, Scratch};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -52,7 +53,8 @@ pub struct Block {
     state: ProbeState,
     sizes: BlockSizes,
     table: Table,
-    vms: BTreeMap<PathBuf, BlockVm>,
+    /// By cgroup; as bytes, which are fast to compare.
+    vms: BTreeMap<OsString, BlockVm>,
     /// By number.
     paths: BTreeMap<u32, PathBuf>,
     /// Numbers of VMs of which a cgroup is counted.
@@ -193,7 +195,7 @@ impl Block {
     /// [`Self::interval`].
     pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) -> u32 {
         self.look_due = now;
-        if let Some(vm) = self.vms.get_mut(path) {
+        if let Some(vm) = self.vms.get_mut(path.as_os_str()) {
             vm.known.clone_from(ids);
             vm.looked_at = None;
             return vm.number;
@@ -214,7 +216,7 @@ impl Block {
 
     /// Takes a VM's cgroups out of the table; its rows rest.
     pub fn untrack(&mut self, path: &Path, now: Nanos) {
-        let Some(vm) = self.vms.remove(path) else { return };
+        let Some(vm) = self.vms.remove(path.as_os_str()) else { return };
         self.paths.remove(&vm.number);
         self.measured.remove(&vm.number);
         for id in vm.counted {
@@ -258,7 +260,7 @@ impl Block {
 
     /// A VM's requests since it was first seen; `None` if it is not measured.
     pub fn totals(&self, vm: &Path) -> Option<BlockTotals<'_>> {
-        let vm = self.vms.get(vm).filter(|vm| !vm.counted.is_empty())?;
+        let vm = self.vms.get(vm.as_os_str()).filter(|vm| !vm.counted.is_empty())?;
         Some(self.totals_of(vm.number))
     }
 
@@ -350,7 +352,7 @@ impl Block {
                 continue;
             }
             if due {
-                vm.ids = groups::of(&self.hierarchies, path, &vm.known);
+                vm.ids = groups::of(&self.hierarchies, Path::new(path), &vm.known);
                 vm.looked_at = Some(now);
             }
             let none = BTreeSet::new();

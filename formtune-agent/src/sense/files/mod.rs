@@ -23,6 +23,7 @@ use pressure::PressureFiles;
 use run_delay::RunDelay;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::ops::Bound::{Excluded, Included, Unbounded};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -120,9 +121,9 @@ pub struct Files {
     pressure: Pressure,
     node_read_at: Option<Nanos>,
     /// Path of the VM that was read last.
-    read: PathBuf,
+    read: OsString,
     /// Path of the VM whose run delay was read last.
-    checked: PathBuf,
+    checked: OsString,
     checked_at: Option<Nanos>,
 }
 
@@ -134,8 +135,8 @@ impl Files {
             last: Pressure::default(),
             pressure: Pressure::default(),
             node_read_at: None,
-            read: PathBuf::new(),
-            checked: PathBuf::new(),
+            read: OsString::new(),
+            checked: OsString::new(),
             checked_at: None,
         }
     }
@@ -149,7 +150,7 @@ impl Files {
     pub(super) fn read(
         &mut self,
         hierarchies: &Hierarchies,
-        tracked: &mut BTreeMap<PathBuf, Tracked>,
+        tracked: &mut BTreeMap<OsString, Tracked>,
         now: Nanos,
     ) {
         if self.node_read_at.is_none_or(|at| now.since(at) >= ACTIVE_EVERY) {
@@ -195,12 +196,12 @@ enum Turn {
 /// Goes round all VMs once, beginning after the one that had the last turn, so that all come
 /// to theirs however few there are per tick.
 fn round<V>(
-    vms: &mut BTreeMap<PathBuf, V>,
-    last: &mut PathBuf,
+    vms: &mut BTreeMap<OsString, V>,
+    last: &mut OsString,
     mut turn: impl FnMut(&Path, &mut V) -> Turn,
 ) {
     let from = last.clone();
-    let mut visit = |(path, vm): (&PathBuf, &mut V)| match turn(path, vm) {
+    let mut visit = |(path, vm): (&OsString, &mut V)| match turn(Path::new(path), vm) {
         Turn::Pass => ControlFlow::Continue(()),
         Turn::Taken => {
             last.clone_from(path);
@@ -211,9 +212,10 @@ fn round<V>(
             ControlFlow::Break(())
         }
     };
-    let rest = vms.range_mut::<Path, _>((Excluded(from.as_path()), Unbounded));
+    let rest = vms.range_mut::<OsStr, _>((Excluded(from.as_os_str()), Unbounded));
     if rest.into_iter().try_for_each(&mut visit).is_continue() {
-        let _ = vms.range_mut::<Path, _>((Unbounded, Included(from.as_path()))).try_for_each(visit);
+        let _ =
+            vms.range_mut::<OsStr, _>((Unbounded, Included(from.as_os_str()))).try_for_each(visit);
     }
 }
 

@@ -114,9 +114,9 @@ fn those_that_sleep_are_read_rarely_and_hold_nothing_open() {
 
 #[test]
 fn all_come_to_their_turn_however_few_there_are_per_round() {
-    let mut vms: BTreeMap<PathBuf, u32> =
-        (0..10).map(|n| (PathBuf::from(format!("/{n}")), 0)).collect();
-    let mut last = PathBuf::new();
+    let mut vms: BTreeMap<OsString, u32> =
+        (0..10).map(|n| (OsString::from(format!("/{n}")), 0)).collect();
+    let mut last = OsString::new();
     for _ in 0..7 {
         let mut left = 3;
         round(&mut vms, &mut last, |_, turns| {

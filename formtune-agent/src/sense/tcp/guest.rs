@@ -7,8 +7,9 @@ use super::taps::{Follower, Order};
 use super::unavailable;
 use formtune_common::tcp::{TapControl, TapRow, Way};
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,7 +62,8 @@ pub struct GuestHealth {
 
 /// What the thread tells: all VMs' counts, and its state.
 pub(super) struct Published {
-    pub vms: BTreeMap<PathBuf, GuestCounts>,
+    /// By cgroup; as bytes, which are fast to compare.
+    pub vms: BTreeMap<OsString, GuestCounts>,
     pub health: GuestHealth,
 }
 
@@ -134,7 +136,7 @@ impl Guest {
 
     pub fn untrack(&self, vm: &Path) {
         // Another VM may get its path before the thread has obeyed.
-        lock(&self.published).vms.remove(vm);
+        lock(&self.published).vms.remove(vm.as_os_str());
         self.order(Order::Untrack(vm.into()));
     }
 
@@ -152,7 +154,7 @@ impl Guest {
 
     /// `None` while no device of the VM is known.
     pub fn counts(&self, vm: &Path) -> Option<GuestCounts> {
-        lock(&self.published).vms.get(vm).cloned()
+        lock(&self.published).vms.get(vm.as_os_str()).cloned()
     }
 
     pub fn health(&self) -> GuestHealth {

@@ -15,8 +15,9 @@ use crate::vm::CgroupVersion;
 use formtune_common::tcp::{HostRow, NO_VM, host_row};
 use formtune_core::units::Nanos;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What is missing without it.
 pub(super) const WITHOUT: &str = "without it retransmissions of the host's own TCP are not counted";
@@ -66,7 +67,8 @@ pub(super) struct Host {
     table: Table,
     free: BTreeSet<u32>,
     resting: VecDeque<(Nanos, u32)>,
-    vms: BTreeMap<PathBuf, Vm>,
+    /// By cgroup; as bytes, which are fast to compare.
+    vms: BTreeMap<OsString, Vm>,
     no_vm: HostRow,
 }
 
@@ -135,7 +137,7 @@ impl Host {
     }
 
     pub fn untrack(&mut self, path: &Path, now: Nanos) {
-        let Some(vm) = self.vms.remove(path) else { return };
+        let Some(vm) = self.vms.remove(path.as_os_str()) else { return };
         for id in vm.counted {
             self.forget(id);
         }
@@ -151,7 +153,7 @@ impl Host {
         }
         let mut vms = std::mem::take(&mut self.vms);
         for (path, vm) in &mut vms {
-            self.update(path, vm, now);
+            self.update(Path::new(path), vm, now);
         }
         self.vms = vms;
         if let Some(probe) = &self.probe {
@@ -194,7 +196,7 @@ impl Host {
     }
 
     pub fn counts(&self, path: &Path) -> Option<HostCounts> {
-        let vm = self.vms.get(path)?;
+        let vm = self.vms.get(path.as_os_str())?;
         let measured = self.probe.is_some() && vm.slot.is_some() && !vm.counted.is_empty();
         measured.then(|| vm.total.into())
     }

@@ -328,7 +328,9 @@ impl Follower {
             .vms
             .iter()
             .filter(|(_, vm)| !vm.taps.is_empty() || vm.counts != GuestCounts::default())
-            .map(|(path, vm)| (path.clone(), GuestCounts { taps: taps(vm), ..vm.counts.clone() }))
+            .map(|(path, vm)| {
+                (path.clone().into(), GuestCounts { taps: taps(vm), ..vm.counts.clone() })
+            })
             .collect();
         let mut published = lock(&self.published);
         published.vms = vms;
