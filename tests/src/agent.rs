@@ -186,3 +186,20 @@ impl Drop for Agent {
         }
     }
 }
+
+/// Runs a command in a mount namespace of its own in which `source` lies over `target`.
+///
+/// # Panics
+/// When there is no `unshare`.
+pub fn with_mounted(source: &Path, target: &str, command: &Command) -> Output {
+    Command::new("unshare")
+        .args(["--mount", "sh", "-c"])
+        .arg("mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"")
+        .arg("sh")
+        .arg(source)
+        .arg(target)
+        .arg(command.get_program())
+        .args(command.get_args())
+        .output()
+        .unwrap()
+}

@@ -2,7 +2,7 @@
 //! every way out brings them back.
 
 use formtune_agent::act::inspect;
-use formtune_tests::agent::Site;
+use formtune_tests::agent::{Site, with_mounted};
 use formtune_tests::contention::Contention;
 use formtune_tests::wait::until;
 use nix::sys::signal::Signal;
@@ -119,4 +119,23 @@ fn a_vm_that_ends_leaves_nothing_behind() {
     assert!(!agent.get("/v1/vms").unwrap().contains("\"id\":\"noisy\""));
     assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
     assert_eq!(contention.raw(), originals[..2], "{}", site.log());
+}
+
+/// The next start refuses, as the kernel has lost its BTF: the knobs come back all the same.
+#[test]
+fn a_start_that_is_refused_for_the_kernel_restores_first() {
+    let contention = contention("unfit");
+    let originals = contention.raw();
+    let site = site(&contention);
+    let agent = site.run(&["--mode", "enforce"]).unwrap();
+    contention.wait_for_change(&originals, LIMIT);
+    agent.end(Signal::SIGKILL).unwrap();
+    assert_ne!(contention.raw(), originals);
+    let empty = site.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let output = with_mounted(&empty, "/sys/kernel/btf", &site.command(&["run"]));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.contains("BTF"), "{text}");
+    assert_eq!(contention.raw(), originals, "{text}");
 }

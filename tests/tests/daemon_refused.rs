@@ -1,7 +1,7 @@
 //! What `formtune run` refuses: exit code 2, one line that says what and where, and
 //! nothing changed.
 
-use formtune_tests::agent::Site;
+use formtune_tests::agent::{Site, with_mounted};
 use nix::sys::signal::Signal;
 use std::net::TcpListener;
 use std::path::Path;
@@ -61,20 +61,6 @@ fn a_second_agent_that_enforces() {
     assert_eq!(agent.end(Signal::SIGTERM).unwrap().code(), Some(0));
     let next = other.run(&["--mode", "enforce"]).unwrap();
     assert_eq!(next.end(Signal::SIGTERM).unwrap().code(), Some(0));
-}
-
-/// Runs a command in a mount namespace of its own in which `source` lies over `target`.
-fn with_mounted(source: &Path, target: &str, command: &Command) -> Output {
-    Command::new("unshare")
-        .args(["--mount", "sh", "-c"])
-        .arg("mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"")
-        .arg("sh")
-        .arg(source)
-        .arg(target)
-        .arg(command.get_program())
-        .args(command.get_args())
-        .output()
-        .unwrap()
 }
 
 /// A kernel without BTF, played by an empty folder.

@@ -18,7 +18,7 @@ Examples:
     /// Print the configuration in effect, defaults included, as TOML
     #[command(after_help = "\
 Example:
-  formtune config show > /etc/formtune/formtune.toml")]
+  formtune config show > effective.toml")]
     Show,
 }
 

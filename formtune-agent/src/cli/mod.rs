@@ -43,7 +43,7 @@ pub fn error() -> ExitCode {
     version,
     after_help = "\
 Examples:
-  formtune run                      decide and log, write nothing
+  formtune run                      decide and log, turn no knob
   formtune run --mode enforce       decide and write
   formtune status                   what the running agent sees
   formtune explain web-1            why a VM is as it is
@@ -83,10 +83,25 @@ The log goes to standard error; FORMTUNE_LOG=debug says more. A second signal en
 at once, and `formtune restore` or the next start puts the knobs back.")]
     Run(run::Args),
     /// Show what the running agent sees and does; exit code 1 while it is not ready
+    #[command(after_help = "\
+Examples:
+  formtune status
+  formtune status --json | jq '.vms[] | {id, state}'
+  watch -n 2 formtune status")]
     Status(status::Args),
     /// Show why a VM is as it is, and what would change it
+    #[command(after_help = "\
+Examples:
+  formtune explain web-1
+  formtune explain 3c976cf6-5f19-4b7e-a26f-04b361a82e5a
+  formtune explain web-1 --json")]
     Explain(explain::Args),
     /// Check whether this node is fit for formtune; exit code 1 if something is to be done
+    #[command(after_help = "\
+Examples:
+  formtune doctor
+  formtune --config ./formtune.toml doctor
+  formtune doctor --json | jq '.[] | select(.verdict == \"finding\")'")]
     Doctor,
     /// Print the plans that a recorded run leads to, the same each time
     #[command(after_help = "\

@@ -68,8 +68,9 @@ enum Event {
 /// Runs until a signal asks it to stop, and restores every knob then.
 ///
 /// # Errors
-/// It cannot start: one line, nothing changed (but for what an earlier, dead agent had left
-/// changed, which is restored first). Or a knob could not be restored on the way out.
+/// It cannot start: one line, nothing changed. Where it is the kernel that is not fit, what an
+/// earlier, dead agent had left changed is restored first. Or a knob could not be restored on
+/// the way out.
 pub fn run(options: Options) -> Result<()> {
     // Before the first thread: threads inherit the mask, and only one shall get signals.
     let stops = signals::catch().context("failed to catch signals")?;
@@ -127,11 +128,19 @@ impl Agent {
             .then(|| Alone::on(&config.sense.cgroup_root))
             .transpose()?;
         let hypervisor = connect(&config);
+        // What an earlier agent left is put back whether or not the probe can be loaded; where
+        // none was before, a refusal leaves no folder.
+        let before = config.state_dir.exists();
+        let open = || Act::open(&config.state_dir, hypervisor.clone());
+        let recovered = before.then(open).transpose()?;
         let sense = Sense::open(&config.sense, hypervisor.clone())?;
         if let ProbeState::Unavailable { program, why, remedy } = &sense.health().runq {
             bail!("failed to load program {program}: {why} ({remedy})");
         }
-        let (act, recovery) = Act::open(&config.state_dir, hypervisor.clone())?;
+        let (act, recovery) = match recovered {
+            Some(recovered) => recovered,
+            None => Act::open(&config.state_dir, hypervisor.clone())?,
+        };
         if recovery.earlier_boot > 0 {
             tracing::info!(
                 "{} knobs changed before the last boot: ended with it",

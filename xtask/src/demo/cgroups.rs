@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The partition; removed when dropped.
 pub struct Partition {
     paths: Vec<PathBuf>,
+    /// Controllers of version 2 that were off below the root before.
+    switched_on: Vec<&'static str>,
 }
 
 impl Partition {
@@ -34,12 +36,19 @@ impl Partition {
     pub fn make() -> Result<Self> {
         let root = Path::new(ROOT);
         let mut hierarchies = Vec::new();
+        let mut switched_on = Vec::new();
         if root.join("cgroup.controllers").exists() {
             hierarchies.push(root.to_owned());
+            let control = root.join("cgroup.subtree_control");
+            let before = fs::read_to_string(&control).unwrap_or_default();
             // As libvirt itself does for the groups that it makes.
-            for controller in ["+cpu", "+cpuset", "+io", "+memory"] {
+            for controller in ["cpu", "cpuset", "io", "memory"] {
                 // One that the kernel lacks cannot be had, and is not needed for the demo.
-                let _ = fs::write(root.join("cgroup.subtree_control"), controller);
+                if !before.split_whitespace().any(|on| on == controller)
+                    && fs::write(&control, format!("+{controller}")).is_ok()
+                {
+                    switched_on.push(controller);
+                }
             }
         } else {
             for entry in fs::read_dir(root).with_context(|| format!("failed to read {ROOT}"))? {
@@ -50,7 +59,7 @@ impl Partition {
                 }
             }
         }
-        let mut new = Self { paths: Vec::new() };
+        let mut new = Self { paths: Vec::new(), switched_on };
         for hierarchy in hierarchies {
             let path = hierarchy.join(FOLDER);
             match fs::create_dir(&path) {
@@ -112,6 +121,11 @@ impl Drop for Partition {
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
+        }
+        for controller in &self.switched_on {
+            // Where somebody else has come to need it, it stays on.
+            let _ =
+                fs::write(Path::new(ROOT).join("cgroup.subtree_control"), format!("-{controller}"));
         }
     }
 }
