@@ -4,7 +4,6 @@
 use formtune_tests::agent::{Site, with_mounted};
 use nix::sys::signal::Signal;
 use std::net::TcpListener;
-use std::path::Path;
 use std::process::{Command, Output};
 
 const QUIET: &str = "libvirt = \"off\"\nlisten = \"off\"\n";
