@@ -101,7 +101,7 @@ Examples:
 Examples:
   formtune doctor
   formtune --config ./formtune.toml doctor
-  formtune doctor --json | jq '.[] | select(.verdict == \"finding\")'")]
+  formtune doctor --json | jq '.checks[] | select(.verdict == \"finding\")'")]
     Doctor,
     /// Print the plans that a recorded run leads to, the same each time
     #[command(after_help = "\
