@@ -65,6 +65,17 @@ impl LoopDevice {
         (fields[0], fields[3])
     }
 
+    /// One whose requests carry no times.
+    ///
+    /// # Panics
+    /// As [`Self::new`] and [`Self::set`].
+    pub fn without_times() -> Self {
+        let device = Self::new();
+        device.set("iostats", "0");
+        device.set("wbt_lat_usec", "0");
+        device
+    }
+
     /// Writes a setting of its queue; what was found comes back at the end.
     ///
     /// # Panics

@@ -231,9 +231,7 @@ fn what_is_no_vms_is_the_hosts() {
 #[test]
 fn times_are_noted_where_requests_carry_none() {
     let vm = BlockVm::new("ft-block-notes");
-    let device = LoopDevice::new();
-    device.set("iostats", "0");
-    device.set("wbt_lat_usec", "0");
+    let device = LoopDevice::without_times();
     let mut bed = Bed::new(&[&vm]);
     fio(&device, Some(vm.procs()), READS);
     bed.sample();
@@ -332,9 +330,7 @@ fn sampled_requests_are_unbiased_in_count_and_time() {
 #[test]
 fn noted_times_go_with_requests_that_are_left_out() {
     let vm = BlockVm::new("ft-block-forgets");
-    let device = LoopDevice::new();
-    device.set("iostats", "0");
-    device.set("wbt_lat_usec", "0");
+    let device = LoopDevice::without_times();
     let mut bed = Bed::new(&[&vm]);
     fio(&device, Some(vm.procs()), READS);
     bed.sample();
