@@ -87,7 +87,7 @@ fn sample(vms: usize, seed: u64) -> Sample {
             let wait = 2_000.0 * scale * (rng.between(0.0, 5.0)).exp();
             *counts.entry(bucket(wait as u64) as u16).or_insert(0) += 1 + rng.below(4) as u32;
         }
-        let holder = |of: usize| (VmId(format!("instance-{:08x}", of % vms)), 5_000_000);
+        let holder = |of: usize| (VmId::from(format!("instance-{:08x}", of % vms)), 5_000_000);
         let held =
             HeldInterval { by_vm: [holder(n + 2), holder(n + 5)].into(), ..Default::default() };
         let vm = VmSample {
@@ -100,7 +100,7 @@ fn sample(vms: usize, seed: u64) -> Sample {
             cpu_weight: Some(Weight::DEFAULT),
             cpu_weight_original: Some(Weight::DEFAULT),
         };
-        (VmId(format!("instance-{n:08x}")), vm)
+        (VmId::from(format!("instance-{n:08x}")), vm)
     };
     let vms = (0..vms).map(vm).collect();
     let host = HostSample { cpus: 64, cpu_busy_ns: None, blind: None, ..HostSample::default() };

@@ -1,6 +1,7 @@
 //! Types that carry their unit and their bounds.
 
 use alloc::string::String;
+use alloc::sync::Arc;
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
@@ -118,10 +119,18 @@ impl fmt::Display for WeightOutOfRange {
 impl core::error::Error for WeightOutOfRange {}
 
 /// What a VM is called: the libvirt domain name, or the name a cgroup pattern yields.
-/// Unique on a node; the value of the `vm` label.
+/// Unique on a node; the value of the `vm` label. Shared, as every reading, decision and
+/// snapshot names every VM.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct VmId(pub String);
+pub struct VmId(pub Arc<str>);
+
+impl VmId {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
 
 impl fmt::Display for VmId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -131,6 +140,12 @@ impl fmt::Display for VmId {
 
 impl From<&str> for VmId {
     fn from(name: &str) -> Self {
+        Self(name.into())
+    }
+}
+
+impl From<String> for VmId {
+    fn from(name: String) -> Self {
         Self(name.into())
     }
 }

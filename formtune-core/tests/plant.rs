@@ -113,7 +113,7 @@ fn named(name: &str) -> Run {
 
 fn reasons<'a>(run: &'a Run, vm: &'a str) -> impl Iterator<Item = &'a Reason> {
     let decisions = run.plans.iter().flat_map(|plan| &plan.decisions);
-    decisions.filter(move |d| d.vm.0 == vm).map(|d| &d.reason)
+    decisions.filter(move |d| d.vm.as_str() == vm).map(|d| &d.reason)
 }
 
 fn setpoints(run: &Run) -> usize {
@@ -168,7 +168,7 @@ fn a_foreign_value_is_left_alone() {
     assert_eq!(last.cpu_weight, foreign);
     let from = run.samples.iter().position(|s| s.vms[&"noisy-1".into()].cpu_weight == foreign);
     let after = run.plans[from.unwrap()..].iter().flat_map(|plan| &plan.setpoints);
-    assert_eq!(after.filter(|s| s.vm.0 == "noisy-1").count(), 0);
+    assert_eq!(after.filter(|s| s.vm.as_str() == "noisy-1").count(), 0);
     assert_eq!(reasons(&run, "noisy-1").last(), Some(&Reason::Yielded { found: foreign.unwrap() }));
 }
 

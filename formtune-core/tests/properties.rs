@@ -53,7 +53,7 @@ fn any_vm() -> impl Strategy<Value = VmSample> {
 
 /// Holders that exist, that do not, and times that overflow when added.
 fn any_held() -> impl Strategy<Value = HeldInterval> {
-    let by_vm = proptest::collection::btree_map("[a-f]".prop_map(VmId), any::<u64>(), 0..4);
+    let by_vm = proptest::collection::btree_map("[a-f]".prop_map(VmId::from), any::<u64>(), 0..4);
     (by_vm, any::<u64>(), any::<u64>()).prop_map(|(by_vm, by_host_ns, unknown_ns)| HeldInterval {
         by_vm,
         by_host_ns,
@@ -62,7 +62,7 @@ fn any_held() -> impl Strategy<Value = HeldInterval> {
 }
 
 fn name() -> impl Strategy<Value = VmId> {
-    "[a-d]".prop_map(VmId)
+    "[a-d]".prop_map(VmId::from)
 }
 
 fn any_outcome() -> impl Strategy<Value = Outcome> {
@@ -167,7 +167,7 @@ fn live(policy: &Policy, ticks: &[Tick]) -> Vec<(Sample, Plan)> {
         let sample = Sample { seq: seq as u64, at, host, vms, outcomes: outcomes_now };
         let plan = step(&mut state, policy, &sample);
         for setpoint in plan.setpoints.iter().filter(|s| s.mode == Mode::Enforce) {
-            let n = names.iter().position(|name| setpoint.vm.0 == *name).unwrap();
+            let n = names.iter().position(|name| setpoint.vm.as_str() == *name).unwrap();
             let result = if tick.refuse {
                 OutcomeResult::Refused { why: "busy".into() }
             } else {
@@ -376,7 +376,7 @@ proptest! {
             let web = sample.vms.get_mut(&"web".into()).unwrap();
             web.cpu_usage_ns = Some(value);
             let plan = step(&mut state, &policy(), &sample);
-            let web = plan.decisions.iter().find(|d| d.vm.0 == "web").unwrap();
+            let web = plan.decisions.iter().find(|d| d.vm.as_str() == "web").unwrap();
             if before.is_some_and(|before| value < before) {
                 prop_assert_eq!(web.evidence.cpus_used, None);
             }

@@ -74,7 +74,7 @@ impl KnobCgroup {
     /// The VM record that the agent would have of it.
     pub fn vm(&self) -> Vm {
         Vm {
-            id: VmId(self.path.file_name().unwrap().to_string_lossy().into_owned()),
+            id: VmId::from(self.path.file_name().unwrap().to_string_lossy().into_owned()),
             uuid: None,
             vcpus: 1,
             owner: Owner::Cgroup,

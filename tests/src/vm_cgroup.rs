@@ -90,7 +90,7 @@ impl VmCgroup {
 
     /// What the VM is called.
     pub fn id(&self) -> VmId {
-        VmId(self.name.clone())
+        VmId::from(self.name.clone())
     }
 
     /// Where it is.

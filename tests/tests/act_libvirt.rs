@@ -144,7 +144,7 @@ impl Domain {
         daemon.start_spinning(&name).unwrap();
         let cgroup = daemon.cpu_cgroup(&name).unwrap();
         let vm = Vm {
-            id: VmId(name.clone()),
+            id: VmId::from(name.clone()),
             uuid: None,
             vcpus: 1,
             owner: Owner::Libvirt { domain: name.clone() },

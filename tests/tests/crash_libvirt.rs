@@ -277,7 +277,7 @@ fn a_message_of_a_broken_connection_that_libvirt_gets_to_late_is_undone() {
     drop(relay);
     let (mut act, _) = Act::open(&node.state(), Some(hypervisor)).unwrap();
     let vm = Vm {
-        id: VmId(node.domain.clone()),
+        id: VmId::from(node.domain.clone()),
         uuid: None,
         vcpus: 1,
         owner: Owner::Libvirt { domain: node.domain.clone() },

@@ -105,7 +105,8 @@ fn a_vm_that_ends_leaves_nothing_behind() {
     let mut contention = contention("ends");
     let originals = contention.raw();
     let site = site(&contention);
-    let in_journal = || inspect(&site.state()).unwrap().open.iter().any(|vm| vm.0 == "noisy");
+    let in_journal =
+        || inspect(&site.state()).unwrap().open.iter().any(|vm| vm.as_str() == "noisy");
     let agent = site.run(&["--mode", "enforce"]).unwrap();
     // One whose knob is turned.
     until(LIMIT, "turned knob of noisy", || (contention.raw()[2] != originals[2]).then_some(()));

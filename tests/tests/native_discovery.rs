@@ -41,8 +41,8 @@ impl Drop for Folder {
 fn a_vm_that_starts_is_measured_and_one_that_stops_is_gone() {
     let folder = Folder::new("start");
     let mut sensing = Sensing::open(&[folder.pattern()], 64, None);
-    let id = VmId(format!("a-{}", std::process::id()));
-    let name = id.0.as_str();
+    let id = VmId::from(format!("a-{}", std::process::id()));
+    let name = id.as_str();
     assert!(!sensing.sample().vms.contains_key(&id));
     let gone = |sense: &Sense| !sense.vms().contains_key(&id);
     // Events, not scans, which come every 30 s.
@@ -114,7 +114,8 @@ fn a_thousand_starts_and_stops_leave_nothing() {
     let folder = Folder::new("churn");
     let mut sensing = Sensing::open(&[folder.pattern()], 128, None);
     let round = |sensing: &mut Sensing, first: usize| {
-        let ids: Vec<VmId> = (first..first + 50).map(|n| VmId(format!("churn-{n}"))).collect();
+        let ids: Vec<VmId> =
+            (first..first + 50).map(|n| VmId::from(format!("churn-{n}"))).collect();
         ids.iter().for_each(|id| folder.start(&id.0));
         sensing.until("50 found", |s| ids.iter().all(|id| s.cgroups(id) == Some(4)));
         ids.iter().for_each(|id| folder.stop(&id.0));
@@ -140,8 +141,8 @@ fn what_has_no_place_in_the_table_spills_and_comes_back() {
     let folder = Folder::new("spill");
     let mut sensing = Sensing::open(&[folder.pattern()], 8, None);
     let leaves = 5_000;
-    let id = VmId(format!("spill-{}", std::process::id()));
-    let below = folder.0.join(&id.0).join("libvirt");
+    let id = VmId::from(format!("spill-{}", std::process::id()));
+    let below = folder.0.join(id.as_str()).join("libvirt");
     folder.start(&id.0);
     for n in 0..leaves {
         std::fs::create_dir(below.join(format!("iothread{n}"))).unwrap();

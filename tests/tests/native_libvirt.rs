@@ -14,7 +14,7 @@ use std::time::Duration;
 /// What the senses know of a VM, once it is measured and libvirt has said what it is.
 fn measured<'a>(sense: &'a Sense, id: &VmId) -> Option<&'a Vm> {
     let vm = sense.vms().get(id)?;
-    let owner = Owner::Libvirt { domain: id.0.clone() };
+    let owner = Owner::Libvirt { domain: id.to_string() };
     (sense.runq(id).is_some() && vm.owner == owner && vm.uuid.is_some()).then_some(vm)
 }
 
@@ -25,8 +25,8 @@ fn a_domain_is_measured_in_time_keeps_its_name_and_leaves_nothing() {
     let hypervisor = Hypervisor::connect(&libvirtd.uri()).unwrap();
     let mut sensing = Sensing::open(&[], 64, Some(hypervisor.clone()));
     // Its cgroup has no underscore, and with systemd the dashes are escaped.
-    let id = VmId(format!("ft-web_3.old-{}", std::process::id()));
-    let name = id.0.as_str();
+    let id = VmId::from(format!("ft-web_3.old-{}", std::process::id()));
+    let name = id.as_str();
     let known = sensing.sense.health().domains_without_cgroup;
     let gone = |sense: &Sense| !sense.vms().contains_key(&id);
 

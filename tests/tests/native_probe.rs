@@ -75,7 +75,7 @@ fn compare(name: &str, cpu: Option<usize>) -> [(u64, u64); 2] {
     let group = VmCgroup::new(name);
     let start = Instant::now();
     let mut sense = open(&[group.pattern()]);
-    let id = VmId(name.into());
+    let id = VmId::from(name);
     assert!(sense.sample(now(start)).appeared.contains(&id));
     let members = load(&group, cpu);
     std::thread::sleep(Duration::from_millis(200));

@@ -41,7 +41,7 @@ pub(super) fn init(format: Format) {
 /// Says what was decided, and why. Of the decisions to do nothing only those that a person
 /// would ask about are said at level `info`.
 pub(super) fn decision(record: &DecisionRecord) {
-    let vm = record.vm.0.as_str();
+    let vm = record.vm.as_str();
     let action = action_name(record.action);
     let line = match record.change {
         Some(change) => format!(
@@ -64,7 +64,7 @@ pub(super) fn decision(record: &DecisionRecord) {
                     mode = mode_name(record.mode),
                     from = record.change.map(|change| change.from.get()),
                     to = record.change.map(|change| change.to.get()),
-                    victim = record.victim.as_ref().map(|victim| victim.0.as_str()),
+                    victim = record.victim.as_ref().map(|victim| victim.as_str()),
                     plan = record.plan_seq,
                     reason,
                     "{line}"
@@ -98,7 +98,7 @@ fn is_calm(reason: &Reason) -> bool {
 
 /// Says what became of a setpoint, unless it went as asked.
 pub(super) fn outcome(outcome: &Outcome) {
-    let vm = outcome.vm.0.as_str();
+    let vm = outcome.vm.as_str();
     let what = match &outcome.result {
         OutcomeResult::Applied { .. } | OutcomeResult::Unchanged => return,
         OutcomeResult::Clamped { value } => {

@@ -201,7 +201,7 @@ impl Families<'_> {
                 };
                 let uuid = vm.uuid.as_deref().unwrap_or("");
                 let labels = [
-                    ("vm", vm.id.0.as_str()),
+                    ("vm", vm.id.as_str()),
                     ("uuid", uuid),
                     ("class", &vm.class.0),
                     ("owner", owner),
@@ -224,7 +224,7 @@ impl Families<'_> {
             vms.iter().flat_map(|vm| {
                 vm.held_by_total.iter().flat_map(|blamed| &blamed.top).map(|held| {
                     let (kind, by) = held.holder.labels();
-                    let labels = [("vm", vm.id.0.as_str()), ("by_kind", kind), ("by", by)];
+                    let labels = [("vm", vm.id.as_str()), ("by_kind", kind), ("by", by)];
                     (labels, Some(held.time.as_secs_f64()))
                 })
             }),
@@ -404,5 +404,5 @@ impl Families<'_> {
 }
 
 fn by_vm(vm: &VmState) -> Labels<'_, 1> {
-    [("vm", vm.id.0.as_str())]
+    [("vm", vm.id.as_str())]
 }

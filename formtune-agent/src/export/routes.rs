@@ -229,10 +229,10 @@ async fn vm(State(snapshots): State<Snapshots>, Path(id): Path<String>) -> Respo
         Err(error) => return no_snapshot(error),
     };
     let by_uuid = || snapshot.vms.values().find(|vm| vm.uuid.as_deref() == Some(&id));
-    match snapshot.vms.get(&VmId(id.clone())).or_else(by_uuid) {
+    match snapshot.vms.get(&VmId::from(id.clone())).or_else(by_uuid) {
         Some(vm) => Json(VmAnswer { at: snapshot.at, vm: vm.clone() }).into_response(),
         None => {
-            let names = snapshot.vms.keys().map(|vm| vm.0.as_str());
+            let names = snapshot.vms.keys().map(|vm| vm.as_str());
             let hint = match nearest(&id, names) {
                 Some(name) => format!("did you mean {name}?"),
                 None => "see /v1/vms or `formtune status` for all".into(),
@@ -261,7 +261,8 @@ async fn decisions(
         }
     };
     answer(snapshots.get().await, |snapshot| {
-        let about = |record: &&Arc<DecisionRecord>| vm.as_ref().is_none_or(|vm| record.vm.0 == *vm);
+        let about =
+            |record: &&Arc<DecisionRecord>| vm.as_ref().is_none_or(|vm| record.vm.as_str() == vm);
         let newest = snapshot.decisions.iter().rev().filter(about);
         let mut decisions: Vec<_> = newest.take(limit.unwrap_or(DECISIONS)).cloned().collect();
         decisions.reverse();

@@ -56,13 +56,13 @@ impl Latency {
         match self {
             Self::RunQueue => {
                 if let Some(runq) = &vm.runq {
-                    each(&[("vm", &vm.id.0)], runq);
+                    each(&[("vm", vm.id.as_str())], runq);
                 }
             }
             Self::Block => {
                 for device in vm.block.iter().flat_map(|block| &block.devices) {
                     for (op, phase, counts) in device.phases() {
-                        let vm = vm.id.0.as_str();
+                        let vm = vm.id.as_str();
                         let device = device.device.as_str();
                         each(
                             &[("vm", vm), ("device", device), ("op", op), ("phase", phase)],
@@ -106,7 +106,8 @@ impl Histograms {
     /// Those of a snapshot; of one VM where one is named.
     pub fn of(snapshot: &Snapshot, vm: Option<&str>) -> Self {
         let mut all = Self { at: snapshot.at, unix_ms: snapshot.unix_ms, ..Self::default() };
-        let wanted = snapshot.vms.values().filter(|state| vm.is_none_or(|vm| state.id.0 == vm));
+        let wanted =
+            snapshot.vms.values().filter(|state| vm.is_none_or(|vm| state.id.as_str() == vm));
         for state in wanted {
             for latency in Latency::ALL {
                 latency.of(state, |labels, counts| {

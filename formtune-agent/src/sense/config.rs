@@ -98,7 +98,7 @@ impl CgroupPattern {
                 None => return None,
             }
         }
-        names.next().is_none().then_some(VmId(vm?))
+        names.next().is_none().then_some(VmId::from(vm?))
     }
 
     /// Whether a cgroup could lead to a match further down, so that a walk need not enter
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     fn vm(pattern: &str, cgroup: &str) -> Option<String> {
-        pattern.parse::<CgroupPattern>().unwrap().vm(Path::new(cgroup)).map(|vm| vm.0)
+        pattern.parse::<CgroupPattern>().unwrap().vm(Path::new(cgroup)).map(|vm| vm.to_string())
     }
 
     #[test]

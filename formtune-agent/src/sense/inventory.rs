@@ -202,7 +202,7 @@ impl Tree {
             let name = rule.pattern.vm(relative)?;
             match libvirt_names::machine(relative.file_name()?.to_str()?) {
                 Some(machine) => Some((machine.short_name.clone(), Some(machine))),
-                None => (!rule.libvirt).then_some((name.0, None)),
+                None => (!rule.libvirt).then_some((name.to_string(), None)),
             }
         })
     }

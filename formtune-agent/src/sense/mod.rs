@@ -365,7 +365,7 @@ impl Sense {
                 ),
                 (None, Some(vm)) => {
                     let vcpus = if vm.uuid.is_some() { vm.vcpus } else { group.vcpus };
-                    (vm.id.0.clone(), vm.uuid.clone(), vm.owner.clone(), vcpus)
+                    (vm.id.to_string(), vm.uuid.clone(), vm.owner.clone(), vcpus)
                 }
                 (None, None) => {
                     let claimable = group.machine.is_some() && self.has_hypervisor;
@@ -382,11 +382,11 @@ impl Sense {
                 _ => [Some(name), group.machine.as_ref().map(|machine| machine.name.clone())]
                     .into_iter()
                     .flatten()
-                    .map(VmId)
+                    .map(VmId::from)
                     .find(|id| !taken(id))
                     .unwrap_or_else(|| {
                         let relative = path.strip_prefix(&self.hierarchies.cpu).unwrap_or(path);
-                        VmId(relative.display().to_string())
+                        VmId::from(relative.display().to_string())
                     }),
             };
             let vm = Vm {

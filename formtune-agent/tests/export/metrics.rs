@@ -202,7 +202,7 @@ fn every_action_and_result_has_a_series_from_the_start() {
 #[test]
 fn a_vm_that_is_gone_is_gone() {
     let mut snapshot = fixture::snapshot();
-    snapshot.vms.retain(|vm, _| vm.0 != "web-1");
+    snapshot.vms.retain(|vm, _| vm.as_str() != "web-1");
     let text = text(&Arc::new(snapshot));
     parse(&text);
     assert!(!text.contains("web-1"), "no series of it is left");

@@ -31,7 +31,9 @@ fn explained(snapshot: &Snapshot, vm: &str) -> String {
     let concerns: Vec<_> = snapshot
         .decisions
         .iter()
-        .filter(|record| record.vm.0 == vm || record.victim.as_ref().is_some_and(|v| v.0 == vm))
+        .filter(|record| {
+            record.vm.as_str() == vm || record.victim.as_ref().is_some_and(|v| v.as_str() == vm)
+        })
         .cloned()
         .collect();
     explain::render(

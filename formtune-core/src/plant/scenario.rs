@@ -144,7 +144,7 @@ impl Scenario {
         };
         // Services use up to about a third of the node, each little against its share.
         for n in 0..=rng.below(u64::from(cpus)) {
-            let id = VmId(format!("web-{n}"));
+            let id = VmId::from(format!("web-{n}"));
             let demand = rng.between(0.1, 0.3);
             scenario.host.vms.insert(id.clone(), SimVm::new("service", 2, serve(demand)));
             scenario.victims.push(id);
@@ -154,7 +154,7 @@ impl Scenario {
         let wanted = f64::from(cpus) * rng.between(1.2, 2.5);
         let mut n = 0;
         while asked < wanted {
-            let id = VmId(format!("noisy-{n}"));
+            let id = VmId::from(format!("noisy-{n}"));
             let vcpus = 1 + rng.below(4) as u32;
             let class = if rng.below(3) == 0 { "standard" } else { "batch" };
             let mut vm = SimVm::new(class, vcpus, QUIET);
@@ -167,7 +167,7 @@ impl Scenario {
             n += 1;
         }
         for n in 0..rng.below(4) {
-            let id = VmId(format!("passing-{n}"));
+            let id = VmId::from(format!("passing-{n}"));
             let start = Nanos::from_millis(rng.below(to.0 / 1_000_000));
             let stop = Nanos(start.0 + Nanos::from_millis(5_000 + rng.below(40_000)).0);
             let vm = SimVm::new("standard", 1, serve(rng.between(0.05, 0.9)));

@@ -25,7 +25,7 @@ fn vm(cgroup: &Path, domain: Option<&str>) -> std::io::Result<Vm> {
     let v1 = cgroup.join("cpu.shares").exists();
     let name = cgroup.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(Vm {
-        id: VmId(domain.map_or(name, str::to_owned)),
+        id: VmId::from(domain.map_or(name, str::to_owned)),
         uuid: None,
         vcpus: 1,
         owner: match domain {

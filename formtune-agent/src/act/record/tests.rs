@@ -9,7 +9,7 @@ const BOOT: &str = "11111111-2222-4333-8444-555555555555";
 fn entry(vm: u8, cgroup_id: u64, original: u64, from: u64, to: u64) -> Entry {
     Entry {
         place: Place {
-            vm: VmId(format!("vm-{vm}")),
+            vm: VmId::from(format!("vm-{vm}")),
             cgroup: format!("/sys/fs/cgroup/cpu/vm-{vm}").into(),
             cgroup_id,
             cgroup_version: CgroupVersion::V1,

@@ -18,7 +18,7 @@ impl Families<'_> {
         let Some(block) = &node.block else { return Ok(()) };
         let used: Vec<(&str, &BlockDevice)> = vms
             .iter()
-            .filter_map(|vm| Some((vm.id.0.as_str(), vm.block.as_ref()?)))
+            .filter_map(|vm| Some((vm.id.as_str(), vm.block.as_ref()?)))
             .flat_map(|(id, state)| state.devices.iter().map(move |device| (id, device)))
             .collect();
         self.counter(
@@ -37,7 +37,7 @@ impl Families<'_> {
                     let (kind, name) = match &occupant.who {
                         Who::Host => (HOST, HOST),
                         Who::Gone => (GONE, GONE),
-                        Who::Vm(id) => ("vm", id.0.as_str()),
+                        Who::Vm(id) => ("vm", id.as_str()),
                     };
                     let device = device.device.as_str();
                     let labels =

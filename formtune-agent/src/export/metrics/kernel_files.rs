@@ -42,7 +42,7 @@ impl Families<'_> {
             "How often the VM's memory limits were met, and processes ended for it",
             vms.iter().flat_map(|vm| {
                 vm.memory_events.by_event().map(|(event, count)| {
-                    ([("vm", vm.id.0.as_str()), ("event", event)], count.map(|count| count as f64))
+                    ([("vm", vm.id.as_str()), ("event", event)], count.map(|count| count as f64))
                 })
             }),
         )?;
@@ -66,5 +66,5 @@ fn lines(
 }
 
 fn with<'a>(vm: &'a VmState, [a, b]: Labels<'static, 2>) -> Labels<'a, 3> {
-    [("vm", vm.id.0.as_str()), a, b]
+    [("vm", vm.id.as_str()), a, b]
 }

@@ -104,5 +104,5 @@ fn guest<'v>(
 }
 
 fn labels<'v>(vm: &'v VmState, scope: &'static str, direction: &'static str) -> Labels<'v, 3> {
-    [("vm", vm.id.0.as_str()), ("scope", scope), ("direction", direction)]
+    [("vm", vm.id.as_str()), ("scope", scope), ("direction", direction)]
 }
