@@ -236,7 +236,7 @@ impl Sense {
         self.block.read(now);
         let (vms, blind) = self.read(now);
         self.files.read(&self.hierarchies, &mut self.tracked, now);
-        self.tcp.sample(now);
+        self.tcp.look(now);
         self.slots.flush_log();
         self.update_health();
         self.shortage.look(&self.health, &self.block);

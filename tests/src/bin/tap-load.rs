@@ -108,7 +108,7 @@ impl Load {
         self.run()?;
         self.packets = packets;
         let cost = self.run()?;
-        let [sent, _] = probe.row(0).ways;
+        let [sent, _] = probe.rows().at(0).ways;
         let all = (packets + self.frames.len()) as u64;
         ensure!(sent.segments == all, "the probe counted {sent:?} of {all}");
         ensure!(sent.retransmitted == 0 && sent.untracked * 100 <= all, "{sent:?}");

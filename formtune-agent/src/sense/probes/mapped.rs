@@ -23,6 +23,8 @@ pub struct Mapped<T> {
 // SAFETY: the mapping belongs to this value alone and is not tied to a thread; what the
 // kernel writes there is read with volatile loads.
 unsafe impl<T: aya::Pod + Send> Send for Mapped<T> {}
+// SAFETY: as above; nobody here writes.
+unsafe impl<T: aya::Pod + Sync> Sync for Mapped<T> {}
 
 impl<T: aya::Pod> Mapped<T> {
     /// Maps the map of this name, of `rows` rows, each a multiple of 8 bytes long.

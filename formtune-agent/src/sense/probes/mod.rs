@@ -16,7 +16,7 @@ pub use cost::{Cost, CostMeter};
 pub use floor::Floor;
 pub use retransmit::{RetransmitProbe, RetransmitSizes, TCP_RETRANSMIT_SKB};
 pub use runq::{RunqProbe, SCHED_SWITCH, Sizes};
-pub use tap::{FORMTUNE_TAP_TX, TapLinks, TapMethod, TapProbe, TapSizes};
+pub use tap::{FORMTUNE_TAP_TX, TapLinks, TapMethod, TapProbe, TapRows, TapSizes};
 
 use super::btf::{self, Btf, BtfError};
 use super::table::TableMaps;

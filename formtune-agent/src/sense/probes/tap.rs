@@ -11,6 +11,7 @@ use aya::{Ebpf, include_bytes_aligned};
 use formtune_common::table::TableEntry;
 use formtune_common::tcp::{TapControl, TapRow};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// The object that build.rs made of `formtune-ebpf/src/bin/tap.rs`.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/formtune-tap"));
@@ -67,11 +68,30 @@ pub struct TapSizes {
 pub struct TapProbe {
     /// Which interface index has which place.
     pub interfaces: CgroupTable,
-    rows: Mapped<TapRow>,
+    rows: Arc<TapRows>,
     control: Array<MapData, TapControl>,
-    cpus: u32,
     method: TapMethod,
     ebpf: Ebpf,
+}
+
+/// What the programs count, readable by everybody at any time.
+pub struct TapRows {
+    rows: Mapped<TapRow>,
+    cpus: u32,
+}
+
+impl TapRows {
+    /// What all CPUs counted at a place since the probe was loaded.
+    pub fn at(&self, place: u32) -> TapRow {
+        let mut sum = TapRow::default();
+        for cpu in 0..self.cpus {
+            let row = self.rows.get(place * self.cpus + cpu);
+            for (sum, way) in sum.ways.iter_mut().zip(row.ways) {
+                sum.add(&way);
+            }
+        }
+        sum
+    }
 }
 
 /// Both programs on one device; detached when dropped, and the qdisc that was made for them goes
@@ -109,11 +129,11 @@ impl TapProbe {
             ("FLOWS", sizes.flow_sets),
         ];
         let mut ebpf = load(OBJECT, &constants, &lengths)?;
-        let rows = Mapped::of(&mut ebpf, "ROWS", rows)?;
+        let rows = TapRows { rows: Mapped::of(&mut ebpf, "ROWS", rows)?, cpus: sizes.cpus };
         let interfaces = CgroupTable::of(&mut ebpf)?;
         let mut map = Array::try_from(take(&mut ebpf, "CONTROL")?).map_err(aya::EbpfError::from)?;
         map.set(0, control, 0).map_err(aya::EbpfError::from)?;
-        let mut probe = Self { interfaces, rows, control: map, cpus: sizes.cpus, method, ebpf };
+        let mut probe = Self { interfaces, rows: Arc::new(rows), control: map, method, ebpf };
         for (name, _) in PROGRAMS {
             let program = probe.program(name)?;
             verified(|| program.load())?;
@@ -200,15 +220,8 @@ impl TapProbe {
         super::programs(&self.ebpf)
     }
 
-    /// What all CPUs counted at a place since the probe was loaded.
-    pub fn row(&self, place: u32) -> TapRow {
-        let mut sum = TapRow::default();
-        for cpu in 0..self.cpus {
-            let row = self.rows.get(place * self.cpus + cpu);
-            for (sum, way) in sum.ways.iter_mut().zip(row.ways) {
-                sum.add(&way);
-            }
-        }
-        sum
+    /// What it counts.
+    pub fn rows(&self) -> Arc<TapRows> {
+        self.rows.clone()
     }
 }

@@ -1,11 +1,12 @@
 //! What guests' own TCP sends again: the handle of the thread that follows tap devices.
 
 use super::super::ProbeState;
-use super::super::probes::{FORMTUNE_TAP_TX, ProbeError, TapMethod, TapProbe, TapSizes};
+use super::super::probes::{FORMTUNE_TAP_TX, ProbeError, TapMethod, TapProbe, TapRows, TapSizes};
 use super::super::slots::possible_cpus;
 use super::taps::{Follower, Order};
 use super::unavailable;
-use formtune_common::tcp::{TapControl, TapRow, Way};
+use super::watched::{GuestCounts, Watched};
+use formtune_common::tcp::{TapControl, TapRow};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
@@ -24,25 +25,6 @@ const ROWS_MAX_BYTES: u64 = 64 << 20;
 /// 65,536 flows, 4 MiB.
 const FLOW_SETS: u32 = 1 << 14;
 
-/// A VM's counts since it was first seen.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct GuestCounts {
-    /// What the guest sent.
-    pub sent: Way,
-    /// What it was sent.
-    pub received: Way,
-    /// The devices looked at now.
-    pub taps: Vec<String>,
-}
-
-impl GuestCounts {
-    pub(super) fn add(&mut self, row: &TapRow) {
-        let [sent, received] = &row.ways;
-        self.sent.add(sent);
-        self.received.add(received);
-    }
-}
-
 /// What is seen and what is not.
 #[derive(Clone, Debug)]
 pub struct GuestHealth {
@@ -60,15 +42,17 @@ pub struct GuestHealth {
     pub sampling_shift: u32,
 }
 
-/// What the thread tells: all VMs' counts, and its state.
+/// What the thread tells: which devices are whose, and its state.
 pub(super) struct Published {
     /// By cgroup; as bytes, which are fast to compare.
-    pub vms: BTreeMap<OsString, GuestCounts>,
+    pub vms: BTreeMap<OsString, Watched>,
     pub health: GuestHealth,
 }
 
 pub(super) struct Guest {
     published: Arc<Mutex<Published>>,
+    /// `None` without the probe.
+    rows: Option<Arc<TapRows>>,
     orders: Option<Sender<Order>>,
     /// The probe's, to be asked what they cost.
     programs: Vec<OwnedFd>,
@@ -95,6 +79,7 @@ impl Guest {
         let published = Published { vms: BTreeMap::new(), health };
         let mut guest = Self {
             published: Arc::new(Mutex::new(published)),
+            rows: probe.as_ref().map(|(probe, _)| probe.rows()),
             orders: None,
             programs: probe.as_ref().map_or_else(Vec::new, |(probe, _)| probe.programs()),
             stop: Arc::new(AtomicBool::new(false)),
@@ -152,9 +137,10 @@ impl Guest {
         }
     }
 
-    /// `None` while no device of the VM is known.
+    /// As of now; `None` while no device of the VM is known.
     pub fn counts(&self, vm: &Path) -> Option<GuestCounts> {
-        lock(&self.published).vms.get(vm.as_os_str()).cloned()
+        let rows = self.rows.as_ref()?;
+        Some(lock(&self.published).vms.get(vm.as_os_str())?.counts(rows))
     }
 
     pub fn health(&self) -> GuestHealth {

@@ -69,7 +69,8 @@ pub(super) struct Host {
     resting: VecDeque<(Nanos, u32)>,
     /// By cgroup; as bytes, which are fast to compare.
     vms: BTreeMap<OsString, Vm>,
-    no_vm: HostRow,
+    /// Nothing is to be done before.
+    look_due: Nanos,
 }
 
 #[derive(Default)]
@@ -81,8 +82,8 @@ struct Vm {
     counted: BTreeSet<u64>,
     look_at: Nanos,
     look_next: Nanos,
-    last: HostRow,
-    total: HostRow,
+    /// What had been counted in its slot before.
+    before: HostRow,
 }
 
 impl Host {
@@ -116,7 +117,7 @@ impl Host {
             free: (0..slots).collect(),
             resting: VecDeque::new(),
             vms: BTreeMap::new(),
-            no_vm: HostRow::default(),
+            look_due: Nanos(0),
         }
     }
 
@@ -126,6 +127,7 @@ impl Host {
     }
 
     pub fn track(&mut self, path: &Path, ids: &BTreeSet<u64>, now: Nanos) {
+        self.look_due = now;
         let vm = self.vms.entry(path.into()).or_default();
         if self.hierarchies.version == CgroupVersion::V2 {
             vm.ids.clone_from(ids);
@@ -144,68 +146,66 @@ impl Host {
         self.resting.extend(vm.slot.map(|slot| (now, slot)));
     }
 
-    pub fn sample(&mut self, now: Nanos) {
-        if self.probe.is_none() {
+    /// Looks for cgroups that may have come, and tells the probe of them.
+    pub fn look(&mut self, now: Nanos) {
+        if self.probe.is_none() || now < self.look_due {
             return;
         }
         while let Some((_, slot)) = self.resting.pop_front_if(|(at, _)| now.since(*at) >= REST) {
             self.free.insert(slot);
         }
+        self.look_due = Nanos(u64::MAX);
         let mut vms = std::mem::take(&mut self.vms);
         for (path, vm) in &mut vms {
             self.update(Path::new(path), vm, now);
+            // What does not fit is tried again with the next reading.
+            let due = if vm.counted.len() < vm.ids.len() { now } else { vm.look_at };
+            self.look_due = self.look_due.min(due);
         }
         self.vms = vms;
-        if let Some(probe) = &self.probe {
-            self.no_vm = probe.row(NO_VM);
-        }
     }
 
     fn update(&mut self, path: &Path, vm: &mut Vm, now: Nanos) {
         if now >= vm.look_at {
-            vm.ids = self.look(path);
+            vm.ids = self.groups(path);
             vm.look_at = Nanos(now.0 + vm.look_next.0);
             vm.look_next = Nanos(vm.look_next.0 * 2).min(LOOK_LAST);
         }
         if vm.slot.is_none() {
             vm.slot = self.free.pop_first();
             if let (Some(slot), Some(probe)) = (vm.slot, &self.probe) {
-                vm.last = probe.row(host_row(slot));
+                vm.before = probe.row(host_row(slot));
             }
         }
         let Some(slot) = vm.slot else { return };
-        if vm.counted != vm.ids {
-            for id in vm.counted.difference(&vm.ids).copied().collect::<Vec<_>>() {
-                vm.counted.remove(&id);
-                self.forget(id);
-            }
+        for id in vm.counted.difference(&vm.ids).copied().collect::<Vec<_>>() {
+            vm.counted.remove(&id);
+            self.forget(id);
         }
         let Some(probe) = &mut self.probe else { return };
-        if vm.counted.len() < vm.ids.len() {
-            for id in vm.ids.difference(&vm.counted).copied().collect::<Vec<_>>() {
-                // What does not fit is tried again with the next reading.
-                if self.table.insert(&mut probe.cgroups, id, slot).is_ok() {
-                    vm.counted.insert(id);
-                }
+        for id in vm.ids.difference(&vm.counted).copied().collect::<Vec<_>>() {
+            if self.table.insert(&mut probe.cgroups, id, slot).is_ok() {
+                vm.counted.insert(id);
             }
         }
-        let row = probe.row(host_row(slot));
-        vm.total.segments += row.segments.wrapping_sub(vm.last.segments);
-        vm.total.syn_acks += row.syn_acks.wrapping_sub(vm.last.syn_acks);
-        vm.last = row;
     }
 
+    /// As of now.
     pub fn counts(&self, path: &Path) -> Option<HostCounts> {
-        let vm = self.vms.get(path.as_os_str())?;
-        let measured = self.probe.is_some() && vm.slot.is_some() && !vm.counted.is_empty();
-        measured.then(|| vm.total.into())
+        let vm = self.vms.get(path.as_os_str()).filter(|vm| !vm.counted.is_empty())?;
+        let row = self.probe.as_ref()?.row(host_row(vm.slot?));
+        let since = HostRow {
+            segments: row.segments.wrapping_sub(vm.before.segments),
+            syn_acks: row.syn_acks.wrapping_sub(vm.before.syn_acks),
+        };
+        Some(since.into())
     }
 
     pub fn health(&self) -> HostHealth {
         let vms = self.vms.values();
         HostHealth {
             state: self.state.clone(),
-            no_vm: self.no_vm.into(),
+            no_vm: self.probe.as_ref().map(|probe| probe.row(NO_VM)).unwrap_or_default().into(),
             not_measured: vms.clone().filter(|vm| vm.slot.is_none()).count() as u32,
             cgroups_not_measured: vms.map(|vm| vm.ids.difference(&vm.counted).count() as u32).sum(),
         }
@@ -220,7 +220,7 @@ impl Host {
     }
 
     /// Ids of the cgroups in the v2 hierarchy at and below a path of the `cpu` hierarchy.
-    fn look(&self, path: &Path) -> BTreeSet<u64> {
+    fn groups(&self, path: &Path) -> BTreeSet<u64> {
         let mut ids = BTreeSet::new();
         if let (Some(unified), Ok(relative)) =
             (&self.hierarchies.unified, path.strip_prefix(&self.hierarchies.cpu))

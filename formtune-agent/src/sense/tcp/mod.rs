@@ -9,9 +9,11 @@ mod host;
 mod links;
 mod places;
 mod taps;
+mod watched;
 
-pub use guest::{GuestCounts, GuestHealth};
+pub use guest::GuestHealth;
 pub use host::{HostCounts, HostHealth};
+pub use watched::GuestCounts;
 
 use super::cgroup::Hierarchies;
 use super::probes::{
@@ -89,12 +91,12 @@ impl Tcp {
         self.guest.set_sampling_shift(shift);
     }
 
-    /// Reads the counters. Never waits for anything.
-    pub fn sample(&mut self, now: Nanos) {
-        self.host.sample(now);
+    /// Tells the probes of cgroups that have come. Never waits for anything.
+    pub fn look(&mut self, now: Nanos) {
+        self.host.look(now);
     }
 
-    /// A VM's counts since it was first seen.
+    /// A VM's counts since it was first seen, as of now.
     pub fn counts(&self, vm: &Path) -> TcpCounts {
         TcpCounts { host: self.host.counts(vm), guest: self.guest.counts(vm) }
     }

@@ -1,5 +1,4 @@
-//! The thread that follows tap devices: finds those of each VM, attaches the probe, and adds
-//! up what it counts. Attaching waits for a lock of the kernel's, reading `/proc` takes
+//! The thread that follows tap devices: finds those of each VM, and attaches the probe. Attaching waits for a lock of the kernel's, reading `/proc` takes
 //! time: neither must hold up the sampling loop.
 //!
 //! A VM's devices are looked for when it appears, some more times at growing intervals, and
@@ -9,14 +8,14 @@
 use super::super::probes::{Owner, TapLinks, TapMethod, TapProbe, TapSizes};
 use super::super::table::Table;
 use super::find::taps_of;
-use super::guest::{GuestCounts, Published, lock};
+use super::guest::{Published, lock};
 use super::links::Links;
 use super::places::{Places, REST, Refused};
-use formtune_common::tcp::{TapControl, TapRow};
+use formtune_common::tcp::TapControl;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
@@ -24,8 +23,6 @@ use std::time::{Duration, Instant};
 
 /// Orders and the request to stop are looked for this often.
 const POLL_MS: u8 = 100;
-/// Counters are added up this often.
-const READ: Duration = Duration::from_millis(500);
 /// A VM's devices are looked for again after this, doubled each time.
 const LOOK_FIRST: Duration = Duration::from_millis(100);
 const LOOK_LAST: Duration = Duration::from_secs(60);
@@ -58,25 +55,22 @@ pub struct Follower {
     vms: BTreeMap<PathBuf, Vm>,
     /// All network devices there were at the last news.
     devices: BTreeSet<u32>,
-    read_at: Instant,
     why: Option<String>,
     /// Given back last. Links need none.
     owner: Option<Owner>,
 }
 
 struct Vm {
+    /// Devices that are looked at; what is counted there is published.
     taps: BTreeMap<u32, Tap>,
-    /// Devices that are not looked at.
+    /// Devices that are not.
     failed: BTreeSet<u32>,
-    counts: GuestCounts,
     look_at: Instant,
     look_next: Duration,
 }
 
 struct Tap {
-    name: String,
     place: u32,
-    last: TapRow,
     links: TapLinks,
 }
 
@@ -96,7 +90,6 @@ impl Follower {
             no_room_said: false,
             vms: BTreeMap::new(),
             devices: devices(),
-            read_at: Instant::now(),
             why: None,
             owner: None,
         }
@@ -118,8 +111,7 @@ impl Follower {
                 self.heed_news();
             }
             changed |= self.look();
-            if changed || self.read_at.elapsed() >= READ {
-                self.read();
+            if changed {
                 self.publish();
             }
         }
@@ -147,8 +139,10 @@ impl Follower {
             Order::Untrack(path) => {
                 let Some(vm) = self.vms.remove(&path) else { return false };
                 for (index, tap) in vm.taps {
-                    self.let_go(index, tap);
+                    self.let_go(&path, index, tap);
                 }
+                // What it counted is not the next VM's that gets its path.
+                lock(&self.published).vms.remove(path.as_os_str());
                 true
             }
             Order::Sample(shift) => {
@@ -195,9 +189,8 @@ impl Follower {
             let gone: Vec<u32> =
                 vm.taps.keys().filter(|index| !found.contains_key(index)).copied().collect();
             for index in gone {
-                if let Some(mut tap) = vm.taps.remove(&index) {
-                    tap.read(&self.probe, &mut vm.counts);
-                    self.let_go(index, tap);
+                if let Some(tap) = vm.taps.remove(&index) {
+                    self.let_go(&path, index, tap);
                     changed = true;
                 }
             }
@@ -207,7 +200,7 @@ impl Follower {
                     continue;
                 }
                 changed = true;
-                match self.attach(index, &name) {
+                match self.attach(&path, index, &name) {
                     Ok(tap) => {
                         vm.failed.remove(&index);
                         vm.taps.insert(index, tap);
@@ -261,11 +254,11 @@ impl Follower {
 
     /// # Errors
     /// Why not.
-    fn attach(&mut self, index: u32, name: &str) -> Result<Tap, Refused> {
+    fn attach(&mut self, vm: &Path, index: u32, name: &str) -> Result<Tap, Refused> {
         self.own()?;
         self.take_over(index)?;
         let place = self.places.take(Instant::now())?;
-        let last = self.probe.row(place);
+        let before = self.probe.rows().at(place);
         let attached =
             self.table.insert(&mut self.probe.interfaces, index.into(), place).and_then(|()| {
                 self.probe.attach(name).inspect_err(|_| {
@@ -273,7 +266,11 @@ impl Follower {
                 })
             });
         match attached {
-            Ok(links) => Ok(Tap { name: name.to_owned(), place, last, links }),
+            Ok(links) => {
+                let mut published = lock(&self.published);
+                published.vms.entry(vm.into()).or_default().add(index, name, place, before);
+                Ok(Tap { place, links })
+            }
             Err(why) => {
                 self.places.put_back(place);
                 Err(why.into())
@@ -292,16 +289,19 @@ impl Follower {
         if taps_of(path).contains_key(&index) {
             return Err(format!("{} has it as well", path.display()));
         }
-        if let Some(mut tap) = vm.taps.remove(&index) {
-            tap.read(&self.probe, &mut vm.counts);
-            self.let_go(index, tap);
+        let path = path.clone();
+        if let Some(tap) = vm.taps.remove(&index) {
+            self.let_go(&path, index, tap);
         }
         Ok(())
     }
 
-    fn let_go(&mut self, index: u32, tap: Tap) {
+    fn let_go(&mut self, vm: &Path, index: u32, tap: Tap) {
         // Off the device first; it may be gone already.
         drop(tap.links);
+        if let Some(watched) = lock(&self.published).vms.get_mut(vm.as_os_str()) {
+            watched.remove(index, &self.probe.rows());
+        }
         if let Err(error) = self.table.remove(&mut self.probe.interfaces, index.into()) {
             tracing::warn!("interface {index} may be counted on: {error}");
         }
@@ -313,27 +313,9 @@ impl Follower {
         }
     }
 
-    fn read(&mut self) {
-        self.read_at = Instant::now();
-        for vm in self.vms.values_mut() {
-            for tap in vm.taps.values_mut() {
-                tap.read(&self.probe, &mut vm.counts);
-            }
-        }
-    }
-
+    /// Tells the state.
     fn publish(&self) {
-        let taps = |vm: &Vm| vm.taps.values().map(|tap| tap.name.clone()).collect();
-        let vms: BTreeMap<_, _> = self
-            .vms
-            .iter()
-            .filter(|(_, vm)| !vm.taps.is_empty() || vm.counts != GuestCounts::default())
-            .map(|(path, vm)| {
-                (path.clone().into(), GuestCounts { taps: taps(vm), ..vm.counts.clone() })
-            })
-            .collect();
         let mut published = lock(&self.published);
-        published.vms = vms;
         published.health.taps = self.vms.values().map(|vm| vm.taps.len() as u32).sum();
         published.health.taps_not_measured =
             self.vms.values().map(|vm| vm.failed.len() as u32).sum();
@@ -344,13 +326,7 @@ impl Follower {
 
 impl Vm {
     fn new(now: Instant) -> Self {
-        Self {
-            taps: BTreeMap::new(),
-            failed: BTreeSet::new(),
-            counts: GuestCounts::default(),
-            look_at: now,
-            look_next: LOOK_FIRST,
-        }
+        Self { taps: BTreeMap::new(), failed: BTreeSet::new(), look_at: now, look_next: LOOK_FIRST }
     }
 
     /// Looks now, and again shortly: a device is there before the VM's process holds it.
@@ -364,16 +340,4 @@ impl Vm {
 fn devices() -> BTreeSet<u32> {
     let listed = nix::net::if_::if_nameindex();
     listed.iter().flatten().map(|device| device.index()).collect()
-}
-
-impl Tap {
-    fn read(&mut self, probe: &TapProbe, into: &mut GuestCounts) {
-        let row = probe.row(self.place);
-        let mut new = TapRow::default();
-        for (new, (now, last)) in new.ways.iter_mut().zip(row.ways.iter().zip(&self.last.ways)) {
-            *new = now.since(last);
-        }
-        into.add(&new);
-        self.last = row;
-    }
 }
