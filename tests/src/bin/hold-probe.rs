@@ -4,20 +4,23 @@
 //! `hold-probe floor`, `hold-probe floor-block`: the empty program on either tracepoint.
 //! `hold-probe runq PATTERN`: all probes, with the VMs that the cgroup pattern names.
 //! `hold-probe block CGROUP`: the block I/O probe alone, with the VM that this cgroup of the
-//! `cpu` hierarchy is. `hold-probe collect PATTERN`: all sensors; for each line that it is sent
-//! it reads all histograms once (after the line `all`: CPU time and files of the kernel's too),
-//! and prints the CPU time of that in nanoseconds and how many VMs had waits. Prints `ready` once it is attached, and what it counted at the end.
+//! `cpu` hierarchy is. `hold-probe collect PATTERN VMS`: all sensors, with room for so many VMs;
+//! for each line that it is sent it reads all histograms once (after the line `all`: CPU time and
+//! files of the kernel's too), and prints the CPU time of that in nanoseconds, how many VMs had
+//! waits, how many had block I/O, and how many have a tap device. Prints `ready` once it is
+//! attached, and what it counted at the end.
 
 use anyhow::{Context, Result, bail};
 use formtune_agent::sense::block::Block;
 use formtune_agent::sense::cgroup::{self, Hierarchies};
 use formtune_agent::sense::probes::{Floor, Kernel};
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig, VmReading};
+use formtune_core::sample::RunqInterval;
 use formtune_core::units::Nanos;
 use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeSet;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -46,7 +49,7 @@ fn main() -> Result<()> {
                 sense.health().counted
             })
         }
-        ["collect", pattern] => collect(pattern),
+        ["collect", pattern, vms] => collect(pattern, vms.parse().context("bad number of VMs")?),
         ["block", vm] => {
             let vm = Path::new(vm);
             let hierarchies = Hierarchies::find(Path::new("/sys/fs/cgroup"))?;
@@ -66,26 +69,36 @@ fn main() -> Result<()> {
             })
         }
         _ => bail!(
-            "usage: hold-probe floor | floor-block | runq PATTERN | block CGROUP | collect PATTERN"
+            "usage: hold-probe floor | floor-block | runq PATTERN | block CGROUP | \
+             collect PATTERN VMS"
         ),
     }
 }
 
-fn collect(pattern: &str) -> Result<()> {
+fn collect(pattern: &str, max_vms: u32) -> Result<()> {
     let patterns = vec![pattern.parse().context("bad pattern")?];
-    let config = SenseConfig { patterns, max_vms: 1024, ..Default::default() };
+    let config = SenseConfig { patterns, max_vms, ..Default::default() };
     let mut sense = Sense::open(&config, None)?;
+    let taps = TapThread::find()?;
     println!("ready");
     // What is no histogram is due once a second, and it is told how late it is.
     let mut now = Nanos(1);
+    let mut taps_before = taps.cpu_ns()?;
     for line in std::io::stdin().lines() {
         let step = if line? == "all" { Nanos::from_secs(1) } else { Nanos::from_millis(1) };
         now = Nanos(now.0 + step.0);
         let before = cpu_ns()?;
         let reading = sense.sample(now);
-        let took = cpu_ns()? - before;
-        let waited = |vm: &&VmReading| vm.runq.as_ref().is_some_and(|runq| !runq.counts.is_empty());
-        println!("{took} {}", reading.vms.values().filter(waited).count());
+        let here = cpu_ns()? - before;
+        let taps_now = taps.cpu_ns()?;
+        let took = here + (taps_now - taps_before);
+        taps_before = taps_now;
+        let had = |of: fn(&VmReading) -> &Option<RunqInterval>| {
+            let some = |vm: &&VmReading| of(vm).as_ref().is_some_and(|all| !all.counts.is_empty());
+            reading.vms.values().filter(some).count()
+        };
+        let (waited, blocked) = (had(|vm| &vm.runq), had(|vm| &vm.block));
+        println!("{took} {waited} {blocked} {}", sense.tcp_health().guest.taps);
     }
     Ok(())
 }
@@ -94,6 +107,27 @@ fn collect(pattern: &str) -> Result<()> {
 fn cpu_ns() -> Result<u64> {
     let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
     Ok(time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}
+
+/// The thread that reads what the probe of tap devices counts. It does so at a pace of its own;
+/// what it takes is part of the next reading here.
+struct TapThread(PathBuf);
+
+impl TapThread {
+    fn find() -> Result<Self> {
+        for task in std::fs::read_dir("/proc/self/task")? {
+            let task = task?.path();
+            if std::fs::read_to_string(task.join("comm"))?.trim() == "formtune-taps" {
+                return Ok(Self(task.join("schedstat")));
+            }
+        }
+        bail!("no thread follows tap devices")
+    }
+
+    fn cpu_ns(&self) -> Result<u64> {
+        let text = std::fs::read_to_string(&self.0)?;
+        Ok(text.split(' ').next().unwrap_or_default().parse()?)
+    }
 }
 
 /// `counted`: so that the benchmark can tell that it measured what it meant to.

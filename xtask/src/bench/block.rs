@@ -8,8 +8,9 @@
 //! per program. `block.added` is what a request takes longer by the clock: it holds all of
 //! the cost, also that of calling a program, and all of the machine's noise.
 
+use super::disk::LoopDevice;
 use super::load::Cgroups;
-use super::runq::{Held, build};
+use super::runq::Held;
 use crate::demo::interrupt;
 use crate::figure::Figure;
 use crate::{progress, sh};
@@ -20,9 +21,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 const ROUNDS: usize = 15;
 /// Requests of one run, half a second or so.
@@ -44,16 +45,15 @@ const KINDS: [Kind; 3] = [Kind::Floor, Kind::InVm, Kind::Peer];
 /// When a program is missing or a probe cannot be attached.
 pub fn run() -> Result<Vec<Figure>> {
     interrupt::catch()?;
-    let holder = build()?;
+    let holder = super::build("hold-probe")?;
     let biolatency = sh::find_program("biolatency")
         .context("no biolatency; run `cargo xtask setup` or `apt-get install libbpf-tools`")?;
     let fio = sh::find_program("fio").context("no fio; run `cargo xtask setup`")?;
     let cgroups = Cgroups::new()?;
-    let _vm = cgroups.vm(1, "inside")?;
+    let vm = cgroups.vm(1, "inside")?;
     let path = cgroups.cpu().join("qemu-1-inside.libvirt-qemu");
-    let charged = Charged::new(&path)?;
     let device = LoopDevice::new()?;
-    let load = || requests(&fio, &device.0, &charged.procs());
+    let load = || requests(&fio, device.path(), &vm.procs_of_io());
     // The first run of everything fills caches and is not counted.
     load()?;
 
@@ -98,74 +98,6 @@ pub fn run() -> Result<Vec<Figure>> {
         Figure::measured("block.program", "ns/request", &ours, Some(&peer), None, target),
         Figure::measured("block.added", "ns/request", in_vm, Some(biolatency), Some(floor), None),
     ])
-}
-
-/// A VM's cgroup in the hierarchy to which block I/O is charged; removed when dropped.
-struct Charged(PathBuf, Option<PathBuf>);
-
-impl Charged {
-    /// At the same place in the v1 hierarchy of blkio; on v2 it is the same cgroup, for which
-    /// the io controller is turned on.
-    fn new(vm: &Path) -> Result<Self> {
-        let root = Path::new("/sys/fs/cgroup");
-        if root.join("cgroup.controllers").exists() {
-            for group in vm.ancestors().skip(1).take_while(|group| group.starts_with(root)) {
-                fs::write(group.join("cgroup.subtree_control"), "+io")
-                    .with_context(|| format!("no io controller in {}", group.display()))?;
-            }
-            return Ok(Self(vm.join("vcpu0"), None));
-        }
-        let parts: Vec<_> = vm.iter().rev().take(2).collect();
-        let parent = root.join("blkio").join(parts[1]);
-        let group = parent.join(parts[0]);
-        fs::create_dir_all(&group)
-            .with_context(|| format!("failed to make {}", group.display()))?;
-        Ok(Self(group, Some(parent)))
-    }
-
-    fn procs(&self) -> PathBuf {
-        self.0.join("cgroup.procs")
-    }
-}
-
-impl Drop for Charged {
-    fn drop(&mut self) {
-        let Some(parent) = &self.1 else { return };
-        for path in [&self.0, parent] {
-            // A process that has just ended leaves its cgroup a moment later.
-            for _ in 0..100 {
-                if fs::remove_dir(path).is_ok() {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
-    }
-}
-
-/// A loop device with direct I/O on a file in memory; both go when dropped.
-struct LoopDevice(PathBuf, #[expect(dead_code, reason = "removed when dropped")] tempfile::TempDir);
-
-impl LoopDevice {
-    fn new() -> Result<Self> {
-        let folder = tempfile::tempdir_in("/dev/shm")?;
-        let file = folder.path().join("disk");
-        fs::write(&file, vec![1; 256 << 20])?;
-        let out = Command::new("losetup")
-            .args(["--find", "--show", "--direct-io=on", "--sector-size", "4096"])
-            .arg(&file)
-            .output()
-            .context("failed to start losetup")?;
-        ensure!(out.status.success(), "losetup: {}", String::from_utf8_lossy(&out.stderr));
-        Ok(Self(String::from_utf8(out.stdout)?.trim().into(), folder))
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        // A device that is left is seen in `losetup --list`.
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
 }
 
 /// Nanoseconds per request of the load.

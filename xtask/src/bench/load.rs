@@ -1,6 +1,6 @@
 //! Load for the benchmarks that run the agent: processes in cgroups shaped like those of VMs,
 //! under a name of our own, in the hierarchy of the `cpu` controller and, on hybrid hosts, at
-//! the same path in the v2 hierarchy, as libvirt does it.
+//! the same path in the v2 hierarchy and in that of `blkio`, as libvirt does it.
 
 use crate::demo::{cgroups, interrupt};
 use anyhow::{Context, Result, bail};
@@ -38,19 +38,20 @@ impl Cgroups {
             let v1 = ["cpu", "cpu,cpuacct"].map(|controllers| root.join(controllers));
             let cpu = v1.into_iter().find(|path| path.is_dir());
             let mut all = vec![cpu.context("no hierarchy carries the cpu controller")?];
-            all.extend(Some(root.join("unified")).filter(|path| path.is_dir()));
+            let others = ["unified", "blkio"].map(|name| root.join(name));
+            all.extend(others.into_iter().filter(|path| path.is_dir()));
             all
         };
         let new = Self { roots: hierarchies.iter().map(|path| path.join(&name)).collect(), name };
         if v2 {
-            enable_cpu(root)?;
+            enable(root)?;
         }
         for path in &new.roots {
             fs::create_dir(path).with_context(|| format!("failed to make {}", path.display()))?;
             cgroups::raise(path)?;
         }
         if v2 {
-            enable_cpu(&new.roots[0])?;
+            enable(&new.roots[0])?;
         }
         Ok(new)
     }
@@ -119,6 +120,11 @@ impl VmCgroup {
     /// Where to write a process's id to move it into `vcpu0`, in the `cpu` hierarchy.
     pub fn procs(&self) -> PathBuf {
         self.paths[0].join("vcpu0/cgroup.procs")
+    }
+
+    /// The same in the hierarchy to which block I/O is charged: the last, or the only one.
+    pub fn procs_of_io(&self) -> PathBuf {
+        self.paths[self.paths.len() - 1].join("vcpu0/cgroup.procs")
     }
 
     /// Starts the guest program in it, as a plain process.
@@ -229,10 +235,10 @@ impl Drop for Load {
     }
 }
 
-/// For the cgroups below this one.
-fn enable_cpu(path: &Path) -> Result<()> {
-    fs::write(path.join("cgroup.subtree_control"), "+cpu")
-        .with_context(|| format!("no cpu controller in {}", path.display()))
+/// The controllers of v2, for the cgroups below this one.
+fn enable(path: &Path) -> Result<()> {
+    fs::write(path.join("cgroup.subtree_control"), "+cpu +io")
+        .with_context(|| format!("no controllers cpu and io in {}", path.display()))
 }
 
 /// Removes a cgroup and those below it. A process that was just killed leaves its cgroup a

@@ -3,6 +3,8 @@
 mod agent;
 mod block;
 mod collect;
+mod crowd;
+mod disk;
 mod load;
 mod reaction;
 mod runq;
@@ -11,10 +13,11 @@ mod step;
 mod tap;
 
 use crate::figure::{self, Figure};
+use crate::{progress, sh};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 /// Arguments of `bench`.
 #[derive(clap::Args)]
@@ -59,4 +62,17 @@ pub fn run(args: Args) -> Result<ExitCode> {
             .with_context(|| format!("failed to write {}", path.display()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Builds a program of the tests', optimised as the agent is when released.
+fn build(name: &str) -> Result<PathBuf> {
+    progress::run(
+        &format!("building {name}"),
+        &format!("bench-{name}-build"),
+        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .current_dir(sh::root())
+            .args(["build", "--locked", "--release", "--package", "formtune-tests"])
+            .args(["--bin", name]),
+    )?;
+    Ok(sh::target().join("release").join(name))
 }

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -43,7 +43,7 @@ const KINDS: [Kind; 4] = [Kind::Floor, Kind::Outside, Kind::InVm, Kind::Peer];
 /// When a program is missing or a probe cannot be attached.
 pub fn run() -> Result<Vec<Figure>> {
     interrupt::catch()?;
-    let holder = build()?;
+    let holder = super::build("hold-probe")?;
     let runqlat = sh::find_program("runqlat")
         .context("no runqlat; run `cargo xtask setup` or `apt-get install libbpf-tools`")?;
     let perf = sh::find_program("perf")
@@ -94,19 +94,6 @@ pub fn run() -> Result<Vec<Figure>> {
         figure("runq.outside", outside, "ratio_to_peer <= 0.15"),
         figure("runq.in_vm_to_floor", in_vm, "ratio_to_floor <= 3"),
     ])
-}
-
-/// The holder of our probes, optimised as the agent is when released.
-pub(super) fn build() -> Result<PathBuf> {
-    progress::run(
-        "building the probes",
-        "bench-build",
-        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .current_dir(sh::root())
-            .args(["build", "--locked", "--release", "--package", "formtune-tests"])
-            .args(["--bin", "hold-probe"]),
-    )?;
-    Ok(sh::target().join("release/hold-probe"))
 }
 
 /// Nanoseconds of CPU time per context switch of the load, run in `vcpu0` of `place`.

@@ -1,9 +1,10 @@
-//! `cargo xtask bench scrape`: how long `/metrics` takes for 1,000 VMs that all run, in both
-//! forms, from the first byte of the request on the Unix socket to the last of the answer.
+//! `cargo xtask bench scrape`: how long `/metrics` takes for 1,000 VMs that all run, do block I/O
+//! and have a tap device, in both forms, from the first byte of the request on the Unix socket to
+//! the last of the answer.
 
-use super::load::Cgroups;
+use super::crowd::{Crowd, VMS};
 use crate::demo::agent::{self, Agent};
-use crate::demo::{image, interrupt};
+use crate::demo::interrupt;
 use crate::figure::Figure;
 use crate::progress;
 use crate::setup::{self, Purpose};
@@ -14,7 +15,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-const VMS: usize = 1_000;
 const ROUNDS: usize = 30;
 /// Each VM wakes up ten times a second, so that there are some hundred waits of each by then.
 const FILL: Duration = Duration::from_secs(40);
@@ -33,24 +33,12 @@ pub fn run() -> Result<Vec<Figure>> {
     setup::ensure(&[Purpose::Build, Purpose::Bench])?;
     interrupt::catch()?;
     let program = agent::build()?;
-    let guest = image::guest_program()?;
     let folder = tempfile::Builder::new().prefix("bench-").tempdir()?;
-    let cgroups = Cgroups::new()?;
-    let mut step = progress::Step::start(format!("starting {VMS} periodic tasks"));
-    let settings =
-        [("role", "victim"), ("period_us", "100000"), ("work_us", "1"), ("report_ms", "600000")];
-    let mut loads = Vec::new();
-    for number in 1..=VMS {
-        let vm = cgroups.vm(number, &format!("busy-{number:04}"))?;
-        loads.push(vm.spawn(&guest, &settings, None)?);
-        interrupt::check()?;
-        step.tick();
-    }
-    step.end("done");
+    let crowd = Crowd::start()?;
     let settings = format!(
         "listen = 'off'\nlibvirt = 'off'\ncgroups = ['{}']\nmax_vms = 1024\n\
          mode.cpu_weight = 'shadow'\n",
-        cgroups.pattern()
+        crowd.pattern()
     );
     let mut step = progress::Step::start("starting formtune, filling its histograms");
     let agent = Agent::start(&program, folder.path(), &settings, &mut || step.tick())?;
@@ -61,7 +49,7 @@ pub fn run() -> Result<Vec<Figure>> {
         Ok(filled(&agent).ok())
     })?;
     step.end("done");
-    eprintln!("scrape: {filled:.0} buckets filled per VM");
+    eprintln!("scrape: {filled:.0} buckets filled per histogram");
 
     let mut step = progress::Step::start(format!("bench scrape: {ROUNDS} rounds"));
     let mut forms = [Form::new("text/plain", ";version=0.0.4"), Form::new(PROTOBUF, OPTIONS)];
@@ -82,7 +70,7 @@ pub fn run() -> Result<Vec<Figure>> {
     let late = late(&agent)?;
     eprintln!("scrape: {late} ticks were late since the agent's start");
     agent.stop(&mut || {})?;
-    drop(loads);
+    drop(crowd);
     let figure =
         |name, form: &Form| Figure::measured(name, "ms", &form.ms, None, None, Some("ours <= 25"));
     Ok(vec![figure("scrape.text", text), figure("scrape.protobuf", protobuf)])
@@ -132,8 +120,9 @@ impl Form {
 fn filled(agent: &Agent) -> Result<f64> {
     let all: Value = serde_json::from_str(&agent.get("/v1/histograms")?)?;
     let series = all["histograms"].as_array().context("no histograms")?;
-    if series.len() < VMS {
-        bail!("formtune measures {} of {VMS} VMs", series.len());
+    // Waits, and block I/O by two operations and two phases.
+    if series.len() < 5 * VMS {
+        bail!("formtune has {} histograms of {VMS} VMs", series.len());
     }
     let buckets = series.iter().filter_map(|series| Some(series["counts"].as_array()?.len()));
     Ok(buckets.sum::<usize>() as f64 / series.len() as f64)

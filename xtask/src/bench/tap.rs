@@ -6,8 +6,9 @@
 //! the cache and no packet moved, would tell of the program alone.
 
 use crate::figure::Figure;
-use crate::{progress, sh};
+use crate::progress;
 use anyhow::{Context, Result, bail};
+use std::path::Path;
 use std::process::Command;
 
 const ROUNDS: usize = 21;
@@ -19,24 +20,17 @@ const PACKETS: usize = 200_000;
 /// # Errors
 /// When the load cannot be built or run, which needs root.
 pub fn run() -> Result<Vec<Figure>> {
-    progress::run(
-        "building the load",
-        "bench-tap-build",
-        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .current_dir(sh::root())
-            .args(["build", "--locked", "--release", "--package", "formtune-tests"])
-            .args(["--bin", "tap-load"]),
-    )?;
+    let program = super::build("tap-load")?;
     [("tap.one_flow", 1), ("tap.10000_flows", 10_000)]
         .into_iter()
-        .map(|(name, flows)| measure(name, flows))
+        .map(|(name, flows)| measure(&program, name, flows))
         .collect()
 }
 
-fn measure(name: &str, flows: usize) -> Result<Figure> {
+fn measure(program: &Path, name: &str, flows: usize) -> Result<Figure> {
     let mut step = progress::Step::start(format!("bench {name}: {ROUNDS} rounds"));
     let numbers = [ROUNDS, PACKETS, flows].map(|number| number.to_string());
-    let out = Command::new(sh::target().join("release/tap-load")).args(numbers).output()?;
+    let out = Command::new(program).args(numbers).output()?;
     step.tick();
     if !out.status.success() {
         step.end("failed");
