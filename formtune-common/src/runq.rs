@@ -22,6 +22,21 @@ pub const fn slot_of(holder: u32) -> Option<u32> {
 /// be taken for the host's doing.
 pub const UNMEASURED: u32 = u32::MAX - 2;
 
+/// Waits of which a row still tells one by one where they were counted.
+pub const RECENT: usize = 16;
+
+/// What [`Row::recent`] holds of a wait: the low 16 bits of `count` once it was counted, and its
+/// bucket. A reader tells by the former whether it is the wait that it looks for.
+#[inline(always)]
+pub const fn recent(count: u32, bucket: u32) -> u32 {
+    count << 16 | bucket
+}
+
+/// The bucket of the wait with which `count` came to be this; `None` if an entry is of another.
+pub const fn recent_bucket(entry: u32, count: u32) -> Option<u32> {
+    if entry >> 16 == count & 0xffff { Some(entry & 0xffff) } else { None }
+}
+
 /// Holders told apart per VM and CPU. What more there are goes to [`Row::unblamed_ns`].
 pub const HOLDERS: usize = 8;
 
@@ -29,7 +44,9 @@ pub const HOLDERS: usize = 8;
 /// `slot × cpus + cpu`. Only that CPU writes it, inside the scheduler with interrupts off,
 /// so plain additions suffice; user space maps it and reads. Counters wrap around: readers
 /// take differences.
-#[repr(C)]
+///
+/// In the order in which readers need it: mostly the first cache line or two will do.
+#[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct Row {
     /// Waits counted; written last, so a reader that finds it unchanged may skip the row.
@@ -42,10 +59,17 @@ pub struct Row {
     /// Time of waits above the blame threshold during which it is not known who held the
     /// CPU, or for whom there was no room in `held`, nanoseconds.
     pub unblamed_ns: u64,
+    /// Sum of `held`, nanoseconds.
+    pub held_ns: u64,
+    /// The last waits: those with which `count` came to be n are at n modulo the length (see
+    /// [`recent`]). None where a wait counts for several.
+    pub recent: [u32; RECENT],
     /// Who held the CPU during waits above the blame threshold.
     pub held: [Held; HOLDERS],
     /// Waits per bucket.
     pub buckets: [u32; BUCKETS],
+    /// None.
+    pub padding: [u64; 3],
 }
 
 /// How long somebody held a CPU for which a VM waited.
@@ -104,8 +128,7 @@ pub struct Control {
     pub blame_ns: u64,
 }
 
-// SAFETY: `repr(C)`, no padding (4 + 4 + 8 + 8 + 16 × HOLDERS + 4 × BUCKETS, which is even),
-// any bits are valid.
+// SAFETY: `repr(C)`, no padding (see below), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Row {}
 // SAFETY: `repr(C)`, no padding (4 + 4 + 8 + 16 × PAST), any bits are valid.
@@ -114,3 +137,8 @@ unsafe impl aya::Pod for Running {}
 // SAFETY: `repr(C)`, no padding (4 + 4 + 8), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Control {}
+
+const _: () = assert!(
+    size_of::<Row>()
+        == 32 + 4 * RECENT + size_of::<Held>() * HOLDERS + 4 * BUCKETS + size_of::<[u64; 3]>()
+);

@@ -4,7 +4,7 @@
 //! whose count did not change is skipped: an idle VM costs one load per CPU.
 
 use formtune_common::histogram::BUCKETS;
-use formtune_common::runq::{HOLDERS, Held, NOBODY, Row, vm};
+use formtune_common::runq::{HOLDERS, Held, NOBODY, RECENT, Row, recent_bucket, vm};
 use formtune_core::sample::RunqInterval;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use std::ffi::c_void;
@@ -115,11 +115,57 @@ struct LastRow {
     discarded: u32,
     wait_ns: u64,
     unblamed_ns: u64,
+    held_ns: u64,
     held: [Held; HOLDERS],
     /// No wait was in a bucket below, so far.
     lowest: usize,
     /// Allocated when the VM first runs on that CPU.
     buckets: Option<Box<[u32; BUCKETS]>>,
+}
+
+impl LastRow {
+    /// Adds who held the CPU since the last reading.
+    fn blame(&mut self, row: *const Row, to: &mut HeldBy) {
+        // SAFETY: a row of the mapping; the kernel writes there, hence volatile.
+        let (unblamed_ns, held_ns) = unsafe {
+            (
+                (&raw const (*row).unblamed_ns).read_volatile(),
+                (&raw const (*row).held_ns).read_volatile(),
+            )
+        };
+        to.unknown_ns += unblamed_ns.wrapping_sub(self.unblamed_ns);
+        self.unblamed_ns = unblamed_ns;
+        if held_ns == self.held_ns {
+            return;
+        }
+        self.held_ns = held_ns;
+        for (at, last) in self.held.iter_mut().enumerate() {
+            // SAFETY: as above; the holder of an entry is written before its time.
+            let now = unsafe { (&raw const (*row).held[at]).read_volatile() };
+            if now.holder == NOBODY {
+                continue;
+            }
+            let before = if last.holder == now.holder { last.ns } else { 0 };
+            if now.ns != before {
+                to.add(now.holder, now.ns.wrapping_sub(before));
+            }
+            *last = now;
+        }
+    }
+}
+
+/// Buckets of the last `waits` waits of a row, whose count was `count` then; `None` if the row
+/// does not tell them one by one (any longer).
+fn recent_waits(row: *const Row, count: u32, waits: u32) -> Option<[u16; RECENT]> {
+    let mut all = [0; RECENT];
+    for (at, wait) in all.get_mut(..waits as usize)?.iter_mut().enumerate() {
+        let number = count.wrapping_sub(at as u32);
+        // SAFETY: a row of the mapping; the kernel writes there, hence volatile.
+        let entry = unsafe { (&raw const (*row).recent[number as usize % RECENT]).read_volatile() };
+        let bucket = recent_bucket(entry, number)?;
+        *wait = u16::try_from(bucket).ok().filter(|&bucket| usize::from(bucket) < BUCKETS)?;
+    }
+    Some(all)
 }
 
 /// Who held the CPUs during one VM's long waits, as the probe names them.
@@ -195,42 +241,39 @@ impl RunqReader {
             interval.wait_ns += waited;
             totals.wait_ns += waited;
             last.wait_ns = wait_ns;
-            // SAFETY: as above.
-            let unblamed_ns = unsafe { (&raw const (*row).unblamed_ns).read_volatile() };
-            held.unknown_ns += unblamed_ns.wrapping_sub(last.unblamed_ns);
-            last.unblamed_ns = unblamed_ns;
-            for (at, last) in last.held.iter_mut().enumerate() {
-                // SAFETY: as above; the holder of an entry is written before its time.
-                let now = unsafe { (&raw const (*row).held[at]).read_volatile() };
-                if now.holder == NOBODY {
-                    continue;
-                }
-                let before = if last.holder == now.holder { last.ns } else { 0 };
-                if now.ns != before {
-                    held.add(now.holder, now.ns.wrapping_sub(before));
-                }
-                *last = now;
-            }
+            last.blame(row, held);
             let old = last.buckets.get_or_insert_with(|| {
                 last.lowest = BUCKETS;
                 Box::new([0; BUCKETS])
             });
+            let lowest = last.lowest;
+            let mut found = |at: usize, counted: u32| {
+                scratch.0[at] = scratch.0[at].saturating_add(counted);
+                (first, end) = (first.min(at), end.max(at + 1));
+                last.lowest = last.lowest.min(at);
+            };
+            if let Some(recent) = recent_waits(row, count, left) {
+                for &at in &recent[..left as usize] {
+                    old[usize::from(at)] = old[usize::from(at)].wrapping_add(1);
+                    found(at.into(), 1);
+                }
+                continue;
+            }
             // As many waits as `count` says are looked for, first where waits were before: a
             // row is longer than what it holds, and memory is what reading costs. One that
             // comes meanwhile may stand in for one that is then found by the next reading.
-            for at in (last.lowest..BUCKETS).chain(0..last.lowest) {
+            for at in (lowest..BUCKETS).chain(0..lowest) {
                 if left == 0 {
                     break;
                 }
                 // SAFETY: `at` is less than BUCKETS.
                 let new = read(unsafe { buckets.add(at) });
                 let counted = new.wrapping_sub(old[at]);
-                if counted != 0 {
+                // Less than before where a wait was seen in `recent` first.
+                if counted.cast_signed() > 0 {
                     old[at] = new;
                     left = left.saturating_sub(counted);
-                    last.lowest = last.lowest.min(at);
-                    scratch.0[at] = scratch.0[at].saturating_add(counted);
-                    (first, end) = (first.min(at), end.max(at + 1));
+                    found(at, counted);
                 }
             }
         }
@@ -276,7 +319,7 @@ mod tests {
     use super::*;
     use crate::export::latency::LatencyCounts;
     use formtune_common::histogram::bucket;
-    use formtune_common::runq::HOST;
+    use formtune_common::runq::{HOST, recent};
     use proptest::prelude::*;
     use std::os::fd::AsFd;
 
@@ -293,12 +336,20 @@ mod tests {
 
     /// What the probe does.
     fn count(rows: &SlotRows, cpu: usize, wait: u64) {
+        count_as(rows, cpu, wait, 1);
+    }
+
+    /// What it does with a wait that counts for several.
+    fn count_as(rows: &SlotRows, cpu: usize, wait: u64, weight: u32) {
         // SAFETY: nobody else writes, the row lies in the mapping.
         let row = unsafe { &mut *rows.row(cpu).cast_mut() };
-        let counter = &mut row.buckets[bucket(wait) as usize];
-        *counter = counter.wrapping_add(1);
-        row.wait_ns = row.wait_ns.wrapping_add(wait);
-        row.count = row.count.wrapping_add(1);
+        let bucket = bucket(wait);
+        let counter = &mut row.buckets[bucket as usize];
+        *counter = counter.wrapping_add(weight);
+        row.wait_ns = row.wait_ns.wrapping_add(wait * u64::from(weight));
+        row.count = row.count.wrapping_add(weight);
+        row.recent[row.count as usize % RECENT] =
+            recent(if weight == 1 { row.count } else { !row.count }, bucket);
     }
 
     #[test]
@@ -358,6 +409,7 @@ mod tests {
             // SAFETY: as above.
             let row = unsafe { &mut *reader.rows.row(cpu).cast_mut() };
             row.held[at] = Held { holder, padding: 0, ns };
+            row.held_ns += 1;
             count(&reader.rows, cpu, 200_000);
         };
         let mut read = |reader: &mut RunqReader| {
@@ -399,11 +451,32 @@ mod tests {
         assert_eq!((before.count(), before.sum_ns), (12, 48_000));
     }
 
+    /// The probe goes on while a row is read: what it told one by one is overwritten.
+    #[test]
+    fn waits_that_are_no_longer_told_one_by_one_are_found_in_the_buckets() {
+        let (_file, rows) = rows(1, 0);
+        for n in 0..20 {
+            count(&rows, 0, 1_000 << n);
+        }
+        // SAFETY: as above.
+        let row = rows.row(0);
+        assert!(recent_waits(row, 20, 16).is_some());
+        assert_eq!(recent_waits(row, 20, 17), None);
+        assert_eq!(recent_waits(row, 18, 16), None);
+        let newest = recent_waits(row, 20, 1).unwrap();
+        assert_eq!(u32::from(newest[0]), bucket(1_000 << 19));
+        count_as(&rows, 0, 1_000, 2);
+        assert_eq!(recent_waits(row, 22, 2), None);
+    }
+
     proptest! {
         /// Intervals add up to the totals, whatever is counted where and read when.
         #[test]
         fn nothing_is_lost_between_readings(
-            waits in proptest::collection::vec((0..CPUS, 0u64..1 << 38, any::<bool>()), 0..200),
+            waits in proptest::collection::vec(
+                (0..CPUS, 0u64..1 << 38, 0u32..3, proptest::bool::weighted(0.1)),
+                0..300,
+            ),
         ) {
             let (_file, rows) = rows(1, 0);
             let mut reader = RunqReader::new(rows);
@@ -415,9 +488,9 @@ mod tests {
                 interval.counts.iter().for_each(|&(at, n)| sum[at as usize] += u64::from(n));
                 wait_ns += interval.wait_ns;
             };
-            for &(cpu, wait, read) in &waits {
-                count(&reader.rows, cpu, wait);
-                expected[bucket(wait) as usize] += 1;
+            for &(cpu, wait, shift, read) in &waits {
+                count_as(&reader.rows, cpu, wait, 1 << shift);
+                expected[bucket(wait) as usize] += 1 << shift;
                 if read {
                     add(reader.read(&mut totals, &mut HeldBy::default(), &mut scratch));
                 }
@@ -425,8 +498,8 @@ mod tests {
             add(reader.read(&mut totals, &mut HeldBy::default(), &mut scratch));
             prop_assert_eq!(&sum, &expected);
             prop_assert_eq!(&totals.buckets()[..], &expected[..]);
-            prop_assert_eq!(wait_ns, waits.iter().map(|w| w.1).sum::<u64>());
-            prop_assert_eq!(totals.count, waits.len() as u64);
+            prop_assert_eq!(wait_ns, waits.iter().map(|w| w.1 << w.2).sum::<u64>());
+            prop_assert_eq!(totals.count, waits.iter().map(|w| 1 << w.2).sum::<u64>());
         }
     }
 }

@@ -20,7 +20,9 @@ use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_get_smp_processor_id};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap};
 use aya_ebpf::programs::BtfTracePointContext;
-use formtune_common::runq::{Control, HOLDERS, NOBODY, PAST, Row, Running, Stint, UNMEASURED, vm};
+use formtune_common::runq::{
+    Control, HOLDERS, NOBODY, PAST, RECENT, Row, Running, Stint, UNMEASURED, recent, vm,
+};
 use formtune_common::sampling::{keeps, weight};
 use formtune_common::table::TableEntry;
 use formtune_ebpf::count::{add_u32, add_u64};
@@ -149,7 +151,12 @@ unsafe fn count(row: *mut Row, wait: u64, shift: u32) -> Option<()> {
     unsafe {
         add_u32((&raw mut (*row).buckets).cast::<u32>().add(bucket), weight(shift));
         add_u64(&raw mut (*row).wait_ns, wait * u64::from(weight(shift)));
-        add_u32(&raw mut (*row).count, weight(shift));
+        let count = (*row).count.wrapping_add(weight(shift));
+        // One that counts for several is marked as none that a reader looks for.
+        let entry = recent(if shift == 0 { count } else { !count }, bucket as u32);
+        let at = count as usize & (RECENT - 1);
+        (&raw mut (*row).recent).cast::<u32>().add(at).write_volatile(entry);
+        (&raw mut (*row).count).write_volatile(count);
     }
     Some(())
 }
@@ -208,6 +215,7 @@ unsafe fn charge(row: *mut Row, holder: u32, ns: u64) {
             if known == holder || known == NOBODY {
                 (*held).holder = holder;
                 add_u64(&raw mut (*held).ns, ns);
+                add_u64(&raw mut (*row).held_ns, ns);
                 return;
             }
         }
