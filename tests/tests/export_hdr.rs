@@ -92,7 +92,7 @@ fn a_full_disk_is_said_once_and_loses_nothing() {
     ))
     .unwrap();
     let agent = site.run(&[]).unwrap();
-    until("the VM", || agent.get("/v1/histograms").unwrap().contains(&vm.id().0));
+    until("the VM", || agent.get("/v1/histograms").unwrap().contains(vm.id().as_str()));
     let member = periodic(&vm);
     until("two intervals", || read(&log, &vm).0 >= 2);
 
@@ -133,7 +133,7 @@ fn export_ends_in_order_when_interrupted() {
     ))
     .unwrap();
     let agent = site.run(&[]).unwrap();
-    until("the VM", || agent.get("/v1/histograms").unwrap().contains(&vm.id().0));
+    until("the VM", || agent.get("/v1/histograms").unwrap().contains(vm.id().as_str()));
     let log = site.path().join("l.hlog");
     let path = log.display().to_string();
     let mut export = site.command(&["export", "hdr", "--interval", "1s", "--output", &path]);

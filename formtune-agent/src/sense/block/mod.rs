@@ -74,7 +74,8 @@ pub struct Block {
     known: u64,
     counters: Counters,
     control: Control,
-    intervals: BTreeMap<u32, RunqInterval>,
+    /// Of the last reading, by number, ascending.
+    intervals: Vec<(u32, RunqInterval)>,
     occupancy: Occupancy,
     devices: Devices,
     /// Devices that were gone when they were last looked for.
@@ -161,7 +162,7 @@ impl Block {
             known: 0,
             counters: Counters::default(),
             control: Control::default(),
-            intervals: BTreeMap::new(),
+            intervals: Vec::new(),
             occupancy: Occupancy::default(),
             devices: Devices::new(),
             gone: BTreeSet::new(),
@@ -241,9 +242,6 @@ impl Block {
         {
             self.release(|key| key.who == number);
         }
-        for interval in self.intervals.values_mut() {
-            coalesce(&mut interval.counts);
-        }
         if now.since(self.looked_at) >= LOOK {
             self.looked_at = now;
             self.occupancy.prune(now);
@@ -255,7 +253,11 @@ impl Block {
     /// operations, of the VM with this number; `None` if it is not measured. Asked for every
     /// VM at every reading, hence by number: paths are slow to compare.
     pub fn interval(&mut self, vm: u32) -> Option<RunqInterval> {
-        self.measured.contains(&vm).then(|| self.intervals.remove(&vm).unwrap_or_default())
+        if !self.measured.contains(&vm) {
+            return None;
+        }
+        let at = self.intervals.binary_search_by_key(&vm, |(who, _)| *who);
+        Some(at.map(|at| std::mem::take(&mut self.intervals[at].1)).unwrap_or_default())
     }
 
     /// A VM's requests since it was first seen; `None` if it is not measured.
@@ -432,14 +434,26 @@ impl Block {
     /// Takes out what the rows hold.
     fn drain(&mut self, now: Nanos) {
         for (key, (number, totals)) in &mut self.taken {
-            let Some(drained) = self.rows.drain(*number, &mut self.scratch) else { continue };
+            let Some(drained) = self.rows.drain(*number, totals, &mut self.scratch) else {
+                continue;
+            };
             totals.requests += u64::from(drained.count);
             totals.total.add(drained.total.0, drained.total.1);
             totals.device.add(drained.device.0, drained.device.1);
             self.occupancy.add(key.device, key.who, drained.device.0, now);
-            let interval = self.intervals.entry(key.who).or_default();
-            interval.wait_ns += drained.total.0;
-            interval.counts.extend_from_slice(drained.total.1);
+            // Keys are in the order of whose they are.
+            match self.intervals.last_mut() {
+                Some((who, interval)) if *who == key.who => {
+                    interval.wait_ns += drained.total.0;
+                    interval.counts.extend_from_slice(drained.total.1);
+                    coalesce(&mut interval.counts);
+                }
+                _ => {
+                    let counts = drained.total.1.to_vec();
+                    let interval = RunqInterval { counts, wait_ns: drained.total.0 };
+                    self.intervals.push((key.who, interval));
+                }
+            }
         }
     }
 

@@ -3,12 +3,14 @@
 //!
 //! Mapped in chunks, as rows are first used: a mapped page counts as memory of the agent's.
 
+use super::totals::{LatencyTotals, OpTotals};
 use formtune_common::block::{Key, Row};
 use formtune_common::histogram::BUCKETS;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use std::ffi::c_void;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -124,8 +126,14 @@ impl Rows {
         Some(unsafe { (&raw const (*row).key).read_volatile() })
     }
 
-    /// Takes out what a row holds; `None` if it is nothing.
-    pub fn drain<'s>(&self, number: u32, scratch: &'s mut Scratch) -> Option<Drained<'s>> {
+    /// Takes out what a row holds; `None` if it is nothing. Where it held something before, and
+    /// so is likely to again, is looked at first.
+    pub fn drain<'s>(
+        &self,
+        number: u32,
+        before: &OpTotals,
+        scratch: &'s mut Scratch,
+    ) -> Option<Drained<'s>> {
         let row = self.row(number)?;
         // SAFETY: fields of a row of the mapping, aligned; everybody accesses them atomically.
         let (count, total_ns, device_ns) = unsafe {
@@ -143,12 +151,12 @@ impl Rows {
         let count = count.swap(0, Ordering::AcqRel);
         // SAFETY: only addresses are taken.
         let (total, device) = unsafe { (&raw mut (*row).total, &raw mut (*row).device) };
-        drain_buckets(total.cast(), &mut scratch.total);
-        drain_buckets(device.cast(), &mut scratch.device);
+        let total_ns = take(total.cast(), total_ns, count, &before.total, &mut scratch.total);
+        let device_ns = take(device.cast(), device_ns, count, &before.device, &mut scratch.device);
         Some(Drained {
             count,
-            total: (total_ns.swap(0, Ordering::AcqRel), &scratch.total),
-            device: (device_ns.swap(0, Ordering::AcqRel), &scratch.device),
+            total: (total_ns, &scratch.total),
+            device: (device_ns, &scratch.device),
         })
     }
 
@@ -161,15 +169,42 @@ impl Rows {
     }
 }
 
-/// Takes out what the buckets of a row hold.
-fn drain_buckets(buckets: *mut u32, into: &mut Vec<(u16, u32)>) {
+/// Takes out the sum of times and their buckets.
+fn take(
+    buckets: *mut u32,
+    sum_ns: &AtomicU64,
+    count: u32,
+    before: &LatencyTotals,
+    into: &mut Vec<(u16, u32)>,
+) -> u64 {
+    // The probe adds to it after the bucket. Requests may have no times, as a flush has none of
+    // the device.
+    let sum_ns = sum_ns.swap(0, Ordering::AcqRel);
+    drain_buckets(buckets, if sum_ns == 0 { 0 } else { count }, before.range(), into);
+    sum_ns
+}
+
+/// Takes out what the buckets of a row hold, sorted: as many as `count`, or all there are.
+fn drain_buckets(buckets: *mut u32, count: u32, first: Range<usize>, into: &mut Vec<(u16, u32)>) {
     into.clear();
-    for at in 0..BUCKETS {
+    let mut left = count;
+    let (low, high) = (0..first.start, first.end..BUCKETS);
+    let mut sorted = true;
+    for at in first.chain(high).chain(low) {
+        if left == 0 {
+            break;
+        }
         // SAFETY: `at` is less than BUCKETS; see `Rows::drain`.
         let bucket = unsafe { AtomicU32::from_ptr(buckets.add(at)) };
         if bucket.load(Ordering::Relaxed) != 0 {
-            into.push((at as u16, bucket.swap(0, Ordering::AcqRel)));
+            let taken = bucket.swap(0, Ordering::AcqRel);
+            sorted &= into.last().is_none_or(|&(before, _)| usize::from(before) < at);
+            into.push((at as u16, taken));
+            left = left.saturating_sub(taken);
         }
+    }
+    if !sorted {
+        into.sort_unstable();
     }
 }
 
@@ -207,8 +242,8 @@ mod tests {
     #[test]
     fn rows_at_both_ends_of_the_map_are_apart() {
         let (file, mut rows) = rows();
-        let mut scratch = Scratch::default();
-        assert!(rows.key(0).is_none() && rows.drain(0, &mut scratch).is_none());
+        let (mut scratch, none) = (Scratch::default(), OpTotals::default());
+        assert!(rows.key(0).is_none() && rows.drain(0, &none, &mut scratch).is_none());
         for number in [0, CHUNK - 1, CHUNK, LENGTH - 1] {
             rows.ensure(file.as_fd(), number).unwrap();
         }
@@ -219,15 +254,15 @@ mod tests {
         count(&rows, LENGTH - 1, 70_000);
         count(&rows, CHUNK - 1, 10);
         assert_eq!((rows.key(LENGTH - 1), rows.key(CHUNK)), (Some(key), Some(Key::default())));
-        assert!(rows.drain(CHUNK, &mut scratch).is_none());
-        let drained = rows.drain(LENGTH - 1, &mut scratch).unwrap();
+        assert!(rows.drain(CHUNK, &none, &mut scratch).is_none());
+        let drained = rows.drain(LENGTH - 1, &none, &mut scratch).unwrap();
         assert_eq!(drained.total, (70_000, &[(bucket(70_000) as u16, 1)][..]));
         assert_eq!(drained.device, (35_000, &[(bucket(35_000) as u16, 1)][..]));
         count(&rows, LENGTH - 1, 1);
         rows.zero(LENGTH - 1);
-        assert!(rows.drain(LENGTH - 1, &mut scratch).is_none());
+        assert!(rows.drain(LENGTH - 1, &none, &mut scratch).is_none());
         assert_eq!(rows.key(LENGTH - 1), Some(Key::default()));
-        assert_eq!(rows.drain(CHUNK - 1, &mut scratch).unwrap().count, 1);
+        assert_eq!(rows.drain(CHUNK - 1, &none, &mut scratch).unwrap().count, 1);
     }
 
     proptest! {
@@ -240,19 +275,23 @@ mod tests {
             rows.ensure(file.as_fd(), 1).unwrap();
             let (mut requests, mut sum, mut buckets) = (0, 0, vec![0; BUCKETS]);
             let mut expected = vec![0; BUCKETS];
-            let mut scratch = Scratch::default();
+            let (mut scratch, mut totals) = (Scratch::default(), OpTotals::default());
             for (i, &(ns, drain)) in times.iter().enumerate() {
                 count(&rows, 1, ns);
                 expected[bucket(ns) as usize] += 1;
                 if drain || i + 1 == times.len() {
-                    let drained = rows.drain(1, &mut scratch).unwrap();
+                    let drained = rows.drain(1, &totals, &mut scratch).unwrap();
                     requests += drained.count as usize;
+                    totals.total.add(drained.total.0, drained.total.1);
+                    totals.device.add(drained.device.0, drained.device.1);
                     sum += drained.total.0;
                     drained.total.1.iter().for_each(|&(at, n)| buckets[usize::from(at)] += n);
                 }
             }
             prop_assert_eq!(requests, times.len());
             prop_assert_eq!(sum, times.iter().map(|time| time.0).sum::<u64>());
+            prop_assert_eq!(&totals.total.dense()[..], &buckets.iter().map(|&n: &u32| u64::from(n)).collect::<Vec<_>>()[..]);
+            prop_assert_eq!(totals.device.count(), times.len() as u64);
             prop_assert_eq!(buckets, expected);
         }
     }

@@ -2,6 +2,7 @@
 
 use formtune_common::histogram::BUCKETS;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// Times, bucket by bucket; only the range in use takes memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,10 +34,15 @@ impl LatencyTotals {
         }
     }
 
+    /// From the first bucket that holds something to behind the last.
+    pub fn range(&self) -> Range<usize> {
+        self.first..self.first + self.counts.len()
+    }
+
     /// Times per bucket; bounds are those of `formtune_common::histogram`.
     pub fn dense(&self) -> [u64; BUCKETS] {
         let mut dense = [0; BUCKETS];
-        dense[self.first..self.first + self.counts.len()].copy_from_slice(&self.counts);
+        dense[self.range()].copy_from_slice(&self.counts);
         dense
     }
 
