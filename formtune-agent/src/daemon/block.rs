@@ -115,5 +115,5 @@ impl Agent {
 }
 
 fn counts(totals: &LatencyTotals) -> LatencyCounts {
-    LatencyCounts::from_dense(&totals.dense(), totals.sum_ns)
+    LatencyCounts::from_range(totals.range().start, totals.counts(), totals.sum_ns)
 }

@@ -51,9 +51,14 @@ pub struct Native {
 impl LatencyCounts {
     /// Keeps what is not zero of the kernel's buckets.
     pub fn from_dense(dense: &[u64], sum_ns: u64) -> Self {
+        Self::from_range(0, dense, sum_ns)
+    }
+
+    /// The same where only the buckets from `first` on are given.
+    pub fn from_range(first: usize, dense: &[u64], sum_ns: u64) -> Self {
         let filled = dense.iter().filter(|&&count| count > 0).count();
         let mut counts = Vec::with_capacity(filled);
-        let pairs = dense.iter().enumerate().map(|(bucket, &count)| (bucket as u16, count));
+        let pairs = dense.iter().zip(first..).map(|(&count, bucket)| (bucket as u16, count));
         counts.extend(pairs.filter(|(_, count)| *count > 0));
         Self { counts, sum_ns }
     }

@@ -4,7 +4,7 @@
 //! does not look like two different nodes. Idle VMs cost nothing.
 
 use super::snapshot::RecentRunq;
-use formtune_common::histogram;
+use formtune_common::histogram::{self, BUCKETS};
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::{Nanos, VmId};
 use std::collections::{BTreeMap, VecDeque};
@@ -62,23 +62,29 @@ impl Recent {
 
     /// Percentiles as of `now`. A VM that did not wait has none, and zero samples.
     pub fn runq(&self, vm: &VmId, now: Nanos) -> RecentRunq {
-        let mut counts = Vec::new();
-        let mut wait_ns = 0;
+        let mut counts = [0; BUCKETS];
+        let (mut low, mut end, mut samples, mut wait_ns) = (BUCKETS, 0, 0, 0);
         for slot in self.vms.get(vm).into_iter().flatten() {
-            if now.since(slot.began) < SPAN {
-                merge(&mut counts, &slot.counts);
-                wait_ns += slot.wait_ns;
+            if now.since(slot.began) >= SPAN {
+                continue;
+            }
+            wait_ns += slot.wait_ns;
+            for &(bucket, count) in &slot.counts {
+                let bucket = usize::from(bucket);
+                counts[bucket] += u64::from(count);
+                samples += u64::from(count);
+                (low, end) = (low.min(bucket), end.max(bucket + 1));
             }
         }
-        let samples = counts.iter().map(|&(_, count)| u64::from(count)).sum();
+        let quantile = |q| quantile(counts.get(low..end)?, low, samples, q);
         RecentRunq {
             span: SPAN,
             samples,
             wait: Nanos(wait_ns),
-            p50: quantile(&counts, samples, 0.5),
-            p99: quantile(&counts, samples, 0.99),
-            p999: quantile(&counts, samples, 0.999),
-            max: quantile(&counts, samples, 1.0),
+            p50: quantile(0.5),
+            p99: quantile(0.99),
+            p999: quantile(0.999),
+            max: quantile(1.0),
         }
     }
 }
@@ -93,13 +99,14 @@ fn merge(into: &mut Vec<(u16, u32)>, from: &[(u16, u32)]) {
     }
 }
 
-/// Upper bound of the bucket that holds the value of rank ⌈q × samples⌉.
-fn quantile(counts: &[(u16, u32)], samples: u64, q: f64) -> Option<Nanos> {
+/// Upper bound of the bucket that holds the value of rank ⌈q × samples⌉; `first` is the bucket of
+/// the first count.
+fn quantile(counts: &[u64], first: usize, samples: u64, q: f64) -> Option<Nanos> {
     let rank = ((q * samples as f64).ceil() as u64).max(1);
     let mut seen = 0;
-    counts.iter().find_map(|&(bucket, count)| {
-        seen += u64::from(count);
-        (seen >= rank).then(|| Nanos(histogram::upper_bound(u32::from(bucket))))
+    counts.iter().zip(first..).find_map(|(count, bucket)| {
+        seen += count;
+        (seen >= rank).then(|| Nanos(histogram::upper_bound(bucket as u32)))
     })
 }
 

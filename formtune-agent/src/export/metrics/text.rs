@@ -10,9 +10,12 @@ use std::fmt::{self, Write};
 #[derive(Debug)]
 pub struct Text {
     out: String,
-    /// The labels of the histogram at hand, encoded once for all its buckets.
+    /// The labels of the sample at hand.
     labels: String,
     bounds: [String; LE_BOUNDS],
+    /// Of the family of histograms at hand, what comes before the labels in a line of each
+    /// bucket: a thousand VMs have hundred thousand of these lines.
+    buckets: Vec<String>,
 }
 
 impl Text {
@@ -23,6 +26,7 @@ impl Text {
             out: String::with_capacity(bytes),
             labels: String::new(),
             bounds: std::array::from_fn(bound),
+            buckets: Vec::new(),
         }
     }
 
@@ -31,17 +35,12 @@ impl Text {
         self.out
     }
 
-    /// A line of a histogram; `le` for buckets only.
-    fn line(&mut self, family: &Family<'_>, suffix: &str, le: Option<&str>, value: &str) {
+    /// A line that is not of a bucket.
+    fn line(&mut self, family: &Family<'_>, suffix: &str, value: &str) {
         self.out.push_str(family.name);
         self.out.push_str(suffix);
-        if le.is_some() || !self.labels.is_empty() {
+        if !self.labels.is_empty() {
             self.out.push('{');
-            if let Some(le) = le {
-                self.out.push_str("le=\"");
-                self.out.push_str(le);
-                self.out.push_str(if self.labels.is_empty() { "\"" } else { "\"," });
-            }
             self.out.push_str(&self.labels);
             self.out.push('}');
         }
@@ -54,16 +53,18 @@ impl Text {
         let classic = counts.classic();
         let mut number = itoa::Buffer::new();
         let sum = counts.sum_ns as f64 / 1e9;
-        self.line(family, "_sum", None, dtoa::Buffer::new().format(sum));
-        self.line(family, "_count", None, number.format(counts.count()));
+        self.line(family, "_sum", dtoa::Buffer::new().format(sum));
+        self.line(family, "_count", number.format(counts.count()));
         let mut below = 0;
-        let bounds = std::mem::take(&mut self.bounds);
-        for (i, count) in classic.into_iter().enumerate() {
+        let labels = if self.labels.is_empty() { "" } else { "," };
+        let rest = [labels, &self.labels, "} "];
+        for (bucket, count) in self.buckets.iter().zip(classic) {
             below += count;
-            let le = bounds.get(i).map_or("+Inf", String::as_str);
-            self.line(family, "_bucket", Some(le), number.format(below));
+            self.out.push_str(bucket);
+            rest.iter().for_each(|part| self.out.push_str(part));
+            self.out.push_str(number.format(below));
+            self.out.push('\n');
         }
-        self.bounds = bounds;
     }
 }
 
@@ -76,6 +77,11 @@ impl Exposition for Text {
         };
         let Family { name, help, .. } = family;
         debug_assert!(!help.contains(['\\', '\n']), "{help}");
+        self.buckets.clear();
+        if matches!(family.kind, Kind::Histogram) {
+            let bounds = self.bounds.iter().map(String::as_str).chain(["+Inf"]);
+            self.buckets.extend(bounds.map(|le| format!("{name}_bucket{{le=\"{le}\"")));
+        }
         write!(self.out, "# HELP {name} {help}\n# TYPE {name} {kind}\n")
     }
 
@@ -97,7 +103,7 @@ impl Exposition for Text {
         }
         match value {
             Value::Number(number) => {
-                self.line(family, "", None, dtoa::Buffer::new().format(number));
+                self.line(family, "", dtoa::Buffer::new().format(number));
             }
             Value::Latency(counts) => self.latency(family, counts),
         }

@@ -39,6 +39,11 @@ impl LatencyTotals {
         self.first..self.first + self.counts.len()
     }
 
+    /// Times per bucket of [`Self::range`].
+    pub fn counts(&self) -> &[u64] {
+        &self.counts
+    }
+
     /// Times per bucket; bounds are those of `formtune_common::histogram`.
     pub fn dense(&self) -> [u64; BUCKETS] {
         let mut dense = [0; BUCKETS];
