@@ -3,7 +3,7 @@
 //! waiting on a run queue) and its `pcount` (times it got a CPU);
 //! Documentation/scheduler/sched-stats.rst.
 
-use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
+use formtune_agent::sense::{ProbeState, Reading, Sense, SenseConfig};
 use formtune_common::histogram::lower_bound;
 use formtune_core::sample::{HeldInterval, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
@@ -271,6 +271,49 @@ fn a_wait_is_charged_to_whoever_held_the_cpu() {
     let by_host = held(&patterns, &victim.id());
     let blamed = by_host.by_host_ns as f64 / by_host.total_ns() as f64;
     assert!(blamed > 0.8, "the host held the CPU for {blamed} of the waits only");
+}
+
+/// Time for which a CPU had nothing to do so far, as `/proc/stat` says, nanoseconds.
+fn idle_ns(cpu: usize) -> u64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap();
+    let line = stat.lines().find_map(|line| line.strip_prefix(&format!("cpu{cpu} "))).unwrap();
+    let ticks: Vec<u64> = line.split_whitespace().map(|field| field.parse().unwrap()).collect();
+    let [idle, iowait] = [ticks[3], ticks[4]];
+    (idle + iowait) * 10_000_000
+}
+
+/// A VM that spins on one CPU and is stopped by its own quota: that CPU is idle only while the VM
+/// waits, so all its idle time, and no more, is in these waits.
+#[test]
+fn an_idle_cpu_is_nobodys_doing() {
+    let _alone = alone();
+    let group = VmCgroup::new("ft-blame-quota");
+    group.limit_cpu(20_000, 100_000);
+    let start = Instant::now();
+    let mut sense = open(&[group.pattern()]);
+    let _spinner = Member::start(&group, "vcpu0", Some(0), spin);
+    std::thread::sleep(Duration::from_millis(500));
+    let throttled = |reading: &Reading| reading.vms[&group.id()].throttled_ns.unwrap();
+    let before = (throttled(&sense.sample(now(start))), idle_ns(0));
+    let mut sum = HeldInterval::default();
+    // Other work on this machine may leave that CPU little time to be idle.
+    let (stopped, idle) = loop {
+        std::thread::sleep(Duration::from_millis(250));
+        let reading = sense.sample(now(start));
+        sum.add(reading.vms[&group.id()].held.as_ref().unwrap());
+        let idle = idle_ns(0) - before.1;
+        if idle > 1_500_000_000 {
+            break (throttled(&reading) - before.0, idle);
+        }
+        assert!(start.elapsed() < 2 * LIMIT, "CPU 0 was idle for {idle} ns only");
+    };
+    println!("stopped for {stopped} ns, CPU 0 idle for {idle} ns, {sum:?}");
+    assert!(stopped > 1_000_000_000, "{stopped} ns");
+    // At either end a wait of some 80 ms is cut off.
+    let (least, most) = (sum.idle_ns, sum.idle_ns + sum.unknown_ns);
+    assert!(least < idle / 10 * 12, "{least} of {idle} ns: others were taken for idle");
+    assert!(most > idle / 10 * 8, "{most} of {idle} ns: idle was taken for others");
+    assert!(least > idle / 2, "{least} of {idle} ns: the rest is nobody's known");
 }
 
 /// A VM for which there is no slot is known as such: what it does to others is nobody's known,

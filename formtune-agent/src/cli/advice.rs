@@ -100,6 +100,11 @@ fn for_reason(vm: &VmState, reason: &Reason) -> Option<String> {
              schedinfo`: vcpu_quota, global_quota), or let it do less."
                 .into()
         }
+        Reason::IdleCpu { .. } => {
+            "No neighbour is to blame. Look at its quota, and at what keeps an idle CPU from waking \
+             up at once: deep sleep states (cpuidle), or a node that is itself a virtual machine."
+                .into()
+        }
         Reason::OverEntitlement { .. } => format!(
             "It waits for itself. Give it fewer busy vCPUs, a larger `cpu_weight` of \
              [classes.{class}], or a node with more room."

@@ -261,7 +261,7 @@ impl Agent {
             if let Some(block) = &read.block {
                 self.recent_block.add(id, at, block);
             }
-            seen.usage(&read);
+            seen.usage(at, &read);
             let active = read.runq.as_ref().is_none_or(|runq| !runq.counts.is_empty());
             let (cpu_weight, first_read) = self.weights.get(&self.act, vm, active);
             let original = self.act.original(id).or(first_read);

@@ -266,6 +266,9 @@ pub struct VmState {
     pub cpu_usage_ns: Option<u64>,
     /// Time the VM was throttled by its own quota, nanoseconds.
     pub throttled_ns: Option<u64>,
+    /// Of it, that of the last 10 s, as the kernel books it (on each CPU by itself).
+    #[serde(default)]
+    pub throttled_lately: Option<Nanos>,
     /// Who held the CPUs during its long waits of the last seconds; `None` where nobody knows.
     pub held_by: Option<Blamed>,
     /// The same since the VM was first seen.
@@ -316,6 +319,7 @@ impl VmState {
             runq: None,
             cpu_usage_ns: None,
             throttled_ns: None,
+            throttled_lately: None,
             held_by: None,
             held_by_total: None,
             quota_periods: None,

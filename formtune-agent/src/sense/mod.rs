@@ -36,7 +36,7 @@ use crate::vm::{Owner, Vm};
 use block::Block;
 use cgroup::{CgroupError, Hierarchies};
 use discover::{Discovery, Found};
-use formtune_common::runq::{HOST, slot_of};
+use formtune_common::runq::{HOST, IDLE, slot_of};
 use formtune_core::sample::{HeldInterval, HostSample, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
 use inventory::{Change, Group, Tree};
@@ -489,6 +489,7 @@ impl Sense {
                 match slot_of(holder).and_then(|slot| slots.get(&slot)) {
                     Some(vm) => *held.by_vm.entry((*vm).clone()).or_default() += ns,
                     None if holder == HOST => held.by_host_ns += ns,
+                    None if holder == IDLE => held.idle_ns += ns,
                     None => held.unknown_ns += ns,
                 }
             }

@@ -13,7 +13,7 @@ use formtune_core::units::Nanos;
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 
-/// Most kernel memory that rows may take, bytes: 478 VMs on 128 CPUs.
+/// Most kernel memory that rows may take, bytes: 414 VMs on 128 CPUs.
 const ROWS_MAX_BYTES: u64 = 128 << 20;
 /// cgroups to make room for per VM: scope, `libvirt`, `emulator`, vCPUs, I/O threads.
 const CGROUPS_PER_VM: u32 = 16;

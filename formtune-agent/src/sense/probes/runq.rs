@@ -18,6 +18,7 @@ pub const SCHED_SWITCH: &str = "sched_switch";
 
 /// Constants of `formtune-ebpf/src/runq.rs` that are offsets: name, structure, member.
 const OFFSETS: &[(&str, &str, &str)] = &[
+    ("TASK_PID", "task_struct", "pid"),
     ("TASK_LAST_QUEUED", "task_struct", "sched_info.last_queued"),
     ("TASK_CFS_RQ", "task_struct", "se.cfs_rq"),
     ("TASK_CGROUPS", "task_struct", "cgroups"),
