@@ -108,9 +108,10 @@ impl Families<'_> {
         )?;
         self.counter(
             "formtune_block_lost_total",
-            "Block requests that are in no histogram: impossible times, no row free, of a cgroup \
-             that may be a VM's, not seen",
+            "Block requests that are in no histogram: impossible times, no row free, of a disk that \
+             is gone, of a cgroup that may be a VM's, not seen",
             [
+                ("no_disk", Some(counters.no_disk)),
                 ("discarded", Some(counters.discarded)),
                 ("full", Some(counters.full)),
                 ("unknown_cgroup", Some(counters.unknown_cgroup)),
