@@ -367,12 +367,16 @@ fn sampled_counts_are_unbiased() {
     let members: Vec<_> =
         (0..4).map(|cpu| Member::start(&group, "vcpu0", Some(cpu % 2), works)).collect();
     let id = group.id();
+    let switches = || -> u64 {
+        let stat = std::fs::read_to_string("/proc/stat").unwrap();
+        stat.lines().find_map(|line| line.strip_prefix("ctxt ")).unwrap().parse().unwrap()
+    };
     let totals = |sense: &mut Sense| {
         members.iter().for_each(Member::stop);
         let reading = sense.sample(now(start));
         assert_eq!((reading.host.sampling_shift, &reading.vms[&id].held), (3, &None));
         let runq = sense.runq(&id).unwrap();
-        let counted = (schedstat(&members), runq.count, runq.wait_ns);
+        let counted = (schedstat(&members), runq.count, sense.health().unsampled, switches());
         members.iter().for_each(Member::go_on);
         counted
     };
@@ -387,6 +391,10 @@ fn sampled_counts_are_unbiased() {
     // Each switch counts 8 with probability 1/8: a variance of 7 per switch.
     let error = (7.0 * pcount as f64).sqrt();
     assert!((count as f64 - pcount as f64).abs() < 6.0 * error, "{count}, {pcount} ± {error}");
+    // Seven of eight switches of the whole node are left out, and counted one by one.
+    let (left_out, all) = (after.2 - before.2, after.3 - before.3);
+    println!("{left_out} of {all} switches left out");
+    assert!(within(left_out, all / 8 * 7, 0.1), "{left_out} of {all} switches");
 }
 
 /// The agent knows what its program costs: about what a switch costs times the switches.

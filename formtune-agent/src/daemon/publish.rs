@@ -252,6 +252,7 @@ impl Agent {
                 runs_per_s: health.cost.map(|cost| cost.runs_per_s),
                 budget_cpus: self.config.policy.probe_budget,
                 sampling_shift: health.sampling_shift,
+                unsampled: health.blind().is_none().then_some(health.unsampled),
             },
             agent: AgentState {
                 version: env!("CARGO_PKG_VERSION").into(),

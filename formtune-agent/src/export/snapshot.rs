@@ -143,6 +143,10 @@ pub struct ProbeState {
     pub budget_cpus: f64,
     /// They look at one event in 2^this, which counts as 2^this.
     pub sampling_shift: u8,
+    /// Context switches that the run-queue probe did not look at for that reason, on the whole node;
+    /// `None` while it is not loaded.
+    #[serde(default)]
+    pub unsampled: Option<u64>,
 }
 
 /// The agent's process.

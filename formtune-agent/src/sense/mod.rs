@@ -185,6 +185,7 @@ impl Sense {
             domains_without_cgroup: 0,
             cost: None,
             sampling_shift: 0,
+            unsampled: 0,
         };
         Ok(Self {
             hierarchies,
@@ -498,6 +499,7 @@ impl Sense {
 
     fn update_health(&mut self) {
         self.health.slots_used = self.slots.used();
+        self.health.unsampled = self.slots.unsampled();
         (self.health.cgroups, self.health.cgroups_spilled) = self.slots.cgroups();
         self.health.domains_without_cgroup = if self.domains.is_empty() {
             0

@@ -216,6 +216,11 @@ impl Slots {
         self.control(Control { sampling_shift: shift, ..self.control });
     }
 
+    /// Switches that the probe did not look at, as it was told to.
+    pub fn unsampled(&self) -> u64 {
+        self.probe.as_ref().map_or(0, RunqProbe::unsampled)
+    }
+
     /// Whether every cgroup of every VM is known to the probe: else one that is not need not be
     /// the host's.
     pub fn set_complete(&mut self, complete: bool) {

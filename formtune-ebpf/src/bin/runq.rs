@@ -18,7 +18,7 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_get_smp_processor_id};
 use aya_ebpf::macros::{btf_tracepoint, map};
-use aya_ebpf::maps::{Array, HashMap};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::BtfTracePointContext;
 use formtune_common::runq::{
     Control, HOLDERS, IDLE, NOBODY, PAST, Row, Running, Stint, UNMEASURED, vm,
@@ -42,6 +42,9 @@ static ROWS: Array<Row> = Array::with_max_entries(64, BPF_F_MMAPABLE);
 static RUNNING: Array<Running> = Array::with_max_entries(64, 0);
 #[map]
 static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
+/// Switches that were not looked at, to keep the cost down. Others count for them.
+#[map]
+static UNSAMPLED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// cgroup → slot, by the low bits of the cgroup's id.
 #[map]
 static TABLE: Array<TableEntry> = Array::with_max_entries(4096, 0);
@@ -98,6 +101,9 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
     let shift = control.sampling_shift & 15;
     // SAFETY: a helper without arguments.
     if shift != 0 && !keeps(unsafe { bpf_get_prandom_u32() }, shift) {
+        let unsampled = UNSAMPLED.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own map value.
+        unsafe { add_u64(unsampled, 1) };
         return None;
     }
     let next: *const u8 = ctx.arg(2);

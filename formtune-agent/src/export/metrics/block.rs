@@ -120,12 +120,6 @@ impl Families<'_> {
             .map(|(why, count)| ([("reason", why)], count.map(|count| count as f64))),
         )?;
         self.counter(
-            "formtune_block_unsampled_total",
-            "Block requests that were not looked at, to stay within the probes' budget; those that \
-             were count for them too",
-            [([], Some(counters.unsampled as f64))],
-        )?;
-        self.counter(
             "formtune_block_special_total",
             "Block requests that are not counted one by one: drivers' own commands (not counted), \
              and those merged, tried again or done in parts (counted once)",
