@@ -9,6 +9,9 @@ use formtune_core::reason::RelaxHold;
 /// What would change the last decision, the likeliest first; empty where all is well.
 pub fn would_change(vm: &VmState, node: &Node) -> Vec<String> {
     let mut advice = Vec::new();
+    if let (None, Some(why)) = (&node.probe.method, &node.probe.blind) {
+        return vec![format!("Nothing is decided for anybody: {why}. See `formtune doctor`.")];
+    }
     if let Some(why) = &node.enforce_blocked {
         advice.push(format!("Writing is held back on this node: {why}. See `formtune doctor`."));
     }

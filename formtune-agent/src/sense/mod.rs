@@ -457,10 +457,10 @@ impl Sense {
         // At once, which is faster than one by one.
         let mut vms = BTreeMap::from_iter(vms);
         self.name_holders(held_by, &mut vms);
-        self.health.not_measured = self.tracked.len() as u32 - measured;
         // Without the probe nothing is looked for.
-        self.health.cgroups_not_measured =
-            if self.slots.total() > 0 { cgroups_not_measured } else { 0 };
+        let loaded = self.slots.total() > 0;
+        self.health.not_measured = if loaded { self.tracked.len() as u32 - measured } else { 0 };
+        self.health.cgroups_not_measured = if loaded { cgroups_not_measured } else { 0 };
         self.slots.set_complete(cgroups_not_measured == 0);
         self.health.counted += counted;
         self.health.discarded += discarded;

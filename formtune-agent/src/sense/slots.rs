@@ -327,10 +327,7 @@ fn unavailable(error: &ProbeError) -> ProbeState {
     ProbeState::Unavailable {
         program: probes::SCHED_SWITCH,
         why: too_old.map_or_else(|| error.to_string(), |too_old| format!("{too_old}: {error}")),
-        remedy: format!(
-            "{remedy}; without it `formtune run` does not start, and `doctor`, `restore`, `replay` \
-             and `config` work"
-        ),
+        remedy: format!("{remedy}; without it nothing is decided on CPU weights"),
     }
 }
 
