@@ -85,10 +85,12 @@ pub struct Counters {
     pub requeued: u64,
     /// Requests that several were merged into; counted once, for whose came first.
     pub merged: u64,
-    /// Requests without a bio, or of a disk that is gone.
+    /// Requests without a bio; counted for the host.
     pub no_bio: u64,
     /// Requests whose bio leads to no cgroup; counted for the host.
     pub no_cgroup: u64,
+    /// Requests of a disk that is gone, so that there is no row for them.
+    pub no_disk: u64,
     /// Requests of which it is not known when they were queued.
     pub no_queued: u64,
     /// Requests of which it is not known when they were given to the device. Flushes, which
@@ -116,6 +118,7 @@ impl Counters {
         self.merged += other.merged;
         self.no_bio += other.no_bio;
         self.no_cgroup += other.no_cgroup;
+        self.no_disk += other.no_disk;
         self.no_queued += other.no_queued;
         self.no_issued += other.no_issued;
         self.discarded += other.discarded;
@@ -144,6 +147,6 @@ unsafe impl aya::Pod for Key {}
 // SAFETY: `repr(C)`, no padding (two u32), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Control {}
-// SAFETY: `repr(C)`, no padding (14 × 8), any bits are valid.
+// SAFETY: `repr(C)`, no padding (15 × 8), any bits are valid.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Counters {}

@@ -171,6 +171,12 @@ pub enum Reason {
         /// Share of its long waits, rounded to three decimals.
         share: f64,
     },
+    /// The CPU was idle meanwhile: the VM was stopped, or it took long to wake it up. No
+    /// neighbour's doing.
+    IdleCpu {
+        /// Share of its long waits, rounded to three decimals.
+        share: f64,
+    },
     /// The agent has only just begun to look: nobody's CPU usage is known yet.
     UsageUnknown,
     /// Nobody of the same or a lower priority uses more than its entitlement.
@@ -438,6 +444,13 @@ impl fmt::Display for Reason {
             }
             Self::HostTasks { share } => {
                 write!(f, "tasks of the host held the CPU for {} of its waits", Percent(*share))
+            }
+            Self::IdleCpu { share } => {
+                write!(
+                    f,
+                    "no neighbour's doing: the CPU was idle for {} of its waits",
+                    Percent(*share)
+                )
             }
             Self::UsageUnknown => {
                 f.write_str("waiting for the first readings of who uses how much CPU")

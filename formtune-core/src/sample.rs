@@ -96,6 +96,10 @@ pub struct HeldInterval {
     /// Tasks of the host, nanoseconds.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub by_host_ns: u64,
+    /// Nobody: the CPU was idle while the VM was stopped by its own quota, or being woken up.
+    /// Neither the host's nor any VM's doing; nanoseconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub idle_ns: u64,
     /// Nobody knows who, nanoseconds.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub unknown_ns: u64,
@@ -105,7 +109,7 @@ impl HeldInterval {
     /// All of it, nanoseconds.
     pub fn total_ns(&self) -> u64 {
         let vms = self.by_vm.values().fold(0_u64, |sum, ns| sum.saturating_add(*ns));
-        vms.saturating_add(self.by_host_ns).saturating_add(self.unknown_ns)
+        [self.by_host_ns, self.idle_ns, self.unknown_ns].into_iter().fold(vms, u64::saturating_add)
     }
 
     /// Adds another interval.
@@ -117,6 +121,7 @@ impl HeldInterval {
             }
         }
         self.by_host_ns = self.by_host_ns.saturating_add(other.by_host_ns);
+        self.idle_ns = self.idle_ns.saturating_add(other.idle_ns);
         self.unknown_ns = self.unknown_ns.saturating_add(other.unknown_ns);
     }
 }

@@ -54,11 +54,14 @@ fn any_vm() -> impl Strategy<Value = VmSample> {
 /// Holders that exist, that do not, and times that overflow when added.
 fn any_held() -> impl Strategy<Value = HeldInterval> {
     let by_vm = proptest::collection::btree_map("[a-f]".prop_map(VmId::from), any::<u64>(), 0..4);
-    (by_vm, any::<u64>(), any::<u64>()).prop_map(|(by_vm, by_host_ns, unknown_ns)| HeldInterval {
-        by_vm,
-        by_host_ns,
-        unknown_ns,
-    })
+    (by_vm, any::<u64>(), any::<u64>(), any::<u64>()).prop_map(
+        |(by_vm, by_host_ns, idle_ns, unknown_ns)| HeldInterval {
+            by_vm,
+            by_host_ns,
+            idle_ns,
+            unknown_ns,
+        },
+    )
 }
 
 fn name() -> impl Strategy<Value = VmId> {

@@ -187,19 +187,24 @@ impl Drop for Agent {
     }
 }
 
-/// Runs a command in a mount namespace of its own in which `source` lies over `target`.
+/// Runs a command as [`mounted`] to its end.
 ///
 /// # Panics
 /// When there is no `unshare`.
 pub fn with_mounted(source: &Path, target: &str, command: &Command) -> Output {
-    Command::new("unshare")
+    mounted(source, target, command).output().unwrap()
+}
+
+/// A command in a mount namespace of its own in which `source` lies over `target`.
+pub fn mounted(source: &Path, target: &str, command: &Command) -> Command {
+    let mut inside = Command::new("unshare");
+    inside
         .args(["--mount", "sh", "-c"])
         .arg("mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"")
         .arg("sh")
         .arg(source)
         .arg(target)
         .arg(command.get_program())
-        .args(command.get_args())
-        .output()
-        .unwrap()
+        .args(command.get_args());
+    inside
 }

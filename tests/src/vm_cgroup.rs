@@ -88,6 +88,21 @@ impl VmCgroup {
         format!("{}/{{name}}", parent(&self.name))
     }
 
+    /// Lets it have the CPUs for so long of each period, both in microseconds.
+    ///
+    /// # Panics
+    /// If that cannot be written.
+    pub fn limit_cpu(&self, quota: u32, period: u32) {
+        let write = |file, value: String| fs::write(self.path.join(file), value).unwrap();
+        match Hierarchies::find(Path::new("/sys/fs/cgroup")).unwrap().version {
+            CgroupVersion::V1 => {
+                write("cpu.cfs_period_us", period.to_string());
+                write("cpu.cfs_quota_us", quota.to_string());
+            }
+            CgroupVersion::V2 => write("cpu.max", format!("{quota} {period}")),
+        }
+    }
+
     /// What the VM is called.
     pub fn id(&self) -> VmId {
         VmId::from(self.name.clone())

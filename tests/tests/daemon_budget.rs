@@ -67,6 +67,15 @@ fn above_the_budget_requests_are_sampled_and_counts_stay_true() {
     let least = all as f64 * 0.9 - 6.0 * error;
     assert!((least..=all as f64 + 6.0 * error).contains(&(ours as f64)), "{ours} ± {error}");
     assert!(unsampled.is_some_and(|left_out| left_out > all / 4), "{unsampled:?}");
-    assert!(agent.get("/metrics").unwrap().contains("formtune_block_unsampled_total "));
+    let metrics = agent.get("/metrics").unwrap();
+    let left_out = |probe: &str| {
+        let name = format!("formtune_probe_unsampled_total{{probe=\"{probe}\"}} ");
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&name));
+        line.unwrap_or_else(|| panic!("no {name}")).parse::<f64>().unwrap()
+    };
+    assert!(left_out("block") > all as f64 / 4.0, "{}", left_out("block"));
+    // Each of these reads has a thread wait for it.
+    assert!(left_out("runq") > 1_000.0, "{}", left_out("runq"));
+    assert!(left_out("tap") >= 0.0);
     assert!(site.log().contains("the probes look at one event in"), "{}", site.log());
 }

@@ -35,7 +35,7 @@ fn a_recorded_run_replays_to_the_plans_it_made() {
         };
         let plan = plans.iter().find(|plan| plan.seq == seq).expect("the plan is replayed");
         let vm = entry["vm"].as_str().unwrap();
-        let setpoint = plan.setpoints.iter().find(|setpoint| setpoint.vm.0 == vm).unwrap();
+        let setpoint = plan.setpoints.iter().find(|setpoint| setpoint.vm.as_str() == vm).unwrap();
         assert_eq!(u64::from(setpoint.to.get()), to, "{line}");
         compared += 1;
     }

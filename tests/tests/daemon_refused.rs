@@ -69,7 +69,7 @@ fn a_kernel_without_btf() {
     let empty = site.path().join("empty");
     std::fs::create_dir(&empty).unwrap();
     let output = with_mounted(&empty, "/sys/kernel/btf", &site.command(&["run"]));
-    says(&refusal(&output), &["sched_switch", "BTF", "`doctor`, `restore`"]);
+    says(&refusal(&output), &["sched_switch, nor any other", "BTF", "`doctor`, `restore`"]);
     assert!(!site.state().exists(), "the state folder was made");
 }
 

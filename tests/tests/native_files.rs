@@ -83,13 +83,7 @@ impl Drop for Twin {
 #[test]
 fn a_vm_is_throttled_by_its_own_quota() {
     let group = VmCgroup::new("ft-files-quota");
-    match hierarchies().version {
-        CgroupVersion::V1 => {
-            fs::write(group.path().join("cpu.cfs_period_us"), "20000").unwrap();
-            fs::write(group.path().join("cpu.cfs_quota_us"), "4000").unwrap();
-        }
-        CgroupVersion::V2 => fs::write(group.path().join("cpu.max"), "4000 20000").unwrap(),
-    }
+    group.limit_cpu(4_000, 20_000);
     let mut sense = open(&group);
     let _spinner = Member::start(&group, "vcpu0", None, spin);
     let start = Instant::now();

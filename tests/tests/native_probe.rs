@@ -3,7 +3,7 @@
 //! waiting on a run queue) and its `pcount` (times it got a CPU);
 //! Documentation/scheduler/sched-stats.rst.
 
-use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
+use formtune_agent::sense::{ProbeState, Reading, Sense, SenseConfig};
 use formtune_common::histogram::lower_bound;
 use formtune_core::sample::{HeldInterval, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
@@ -273,6 +273,50 @@ fn a_wait_is_charged_to_whoever_held_the_cpu() {
     assert!(blamed > 0.8, "the host held the CPU for {blamed} of the waits only");
 }
 
+/// Time for which a CPU had nothing to do so far, as `/proc/stat` says, nanoseconds.
+fn idle_ns(cpu: usize) -> u64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap();
+    let line = stat.lines().find_map(|line| line.strip_prefix(&format!("cpu{cpu} "))).unwrap();
+    let ticks: Vec<u64> = line.split_whitespace().map(|field| field.parse().unwrap()).collect();
+    let [idle, iowait] = [ticks[3], ticks[4]];
+    (idle + iowait) * 10_000_000
+}
+
+/// A VM that spins on one CPU and is stopped by its own quota: that CPU is idle only while the VM
+/// waits, so all its idle time, and no more, is in these waits.
+#[test]
+fn an_idle_cpu_is_nobodys_doing() {
+    let _alone = alone();
+    let group = VmCgroup::new("ft-blame-quota");
+    group.limit_cpu(20_000, 100_000);
+    let start = Instant::now();
+    let mut sense = open(&[group.pattern()]);
+    let _spinner = Member::start(&group, "vcpu0", Some(0), spin);
+    std::thread::sleep(Duration::from_millis(500));
+    let throttled = |reading: &Reading| reading.vms[&group.id()].throttled_ns.unwrap();
+    let before = (throttled(&sense.sample(now(start))), idle_ns(0));
+    let mut sum = HeldInterval::default();
+    // Other work on this machine may leave that CPU little time to be idle.
+    let (stopped, idle) = loop {
+        std::thread::sleep(Duration::from_millis(250));
+        let reading = sense.sample(now(start));
+        sum.add(reading.vms[&group.id()].held.as_ref().unwrap());
+        let idle = idle_ns(0) - before.1;
+        if idle > 500_000_000 {
+            break (throttled(&reading) - before.0, idle);
+        }
+        assert!(start.elapsed() < 2 * LIMIT, "CPU 0 was idle for {idle} ns only");
+    };
+    println!("stopped for {stopped} ns, CPU 0 idle for {idle} ns, {sum:?}");
+    assert!(stopped > 0);
+    // At either end a wait of some 80 ms is cut off.
+    let (fewer, more) = (idle / 10 * 8 - 100_000_000, idle / 10 * 12 + 100_000_000);
+    assert!(sum.idle_ns < more, "{} of {idle} ns: others were taken for idle", sum.idle_ns);
+    let not_others = sum.idle_ns + sum.unknown_ns;
+    assert!(not_others > fewer, "{not_others} of {idle} ns: idle was taken for others");
+    assert!(sum.idle_ns > fewer / 2, "{} of {idle} ns: the rest is nobody's known", sum.idle_ns);
+}
+
 /// A VM for which there is no slot is known as such: what it does to others is nobody's known,
 /// not the host's.
 #[test]
@@ -324,12 +368,16 @@ fn sampled_counts_are_unbiased() {
     let members: Vec<_> =
         (0..4).map(|cpu| Member::start(&group, "vcpu0", Some(cpu % 2), works)).collect();
     let id = group.id();
+    let switches = || -> u64 {
+        let stat = std::fs::read_to_string("/proc/stat").unwrap();
+        stat.lines().find_map(|line| line.strip_prefix("ctxt ")).unwrap().parse().unwrap()
+    };
     let totals = |sense: &mut Sense| {
         members.iter().for_each(Member::stop);
         let reading = sense.sample(now(start));
         assert_eq!((reading.host.sampling_shift, &reading.vms[&id].held), (3, &None));
         let runq = sense.runq(&id).unwrap();
-        let counted = (schedstat(&members), runq.count, runq.wait_ns);
+        let counted = (schedstat(&members), runq.count, sense.health().unsampled, switches());
         members.iter().for_each(Member::go_on);
         counted
     };
@@ -344,6 +392,10 @@ fn sampled_counts_are_unbiased() {
     // Each switch counts 8 with probability 1/8: a variance of 7 per switch.
     let error = (7.0 * pcount as f64).sqrt();
     assert!((count as f64 - pcount as f64).abs() < 6.0 * error, "{count}, {pcount} ± {error}");
+    // Seven of eight switches of the whole node are left out, and counted one by one.
+    let (left_out, all) = (after.2 - before.2, after.3 - before.3);
+    println!("{left_out} of {all} switches left out");
+    assert!(within(left_out, all / 8 * 7, 0.1), "{left_out} of {all} switches");
 }
 
 /// The agent knows what its program costs: about what a switch costs times the switches.

@@ -212,6 +212,9 @@ fn counts_of_a_sample_of_flows_are_without_bias() {
     let error = (counted.retransmitted as f64 - all as f64).abs();
     assert!(error <= 6.0 * deviation, "{error} ± {deviation}");
     assert_ne!(counted.retransmitted, all, "all were followed");
+    // Of each of the other flows all three segments were left out.
+    let left_out = u64::from(FLOWS) - counted.retransmitted / (2 << SHIFT);
+    assert_eq!(sensing.sense.tcp_health().guest.unsampled, 3 * left_out);
 
     // All begin anew, also those of which the last thing known lies gigabytes ahead.
     sensing.sense.sample_one_in(0);

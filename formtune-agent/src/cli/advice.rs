@@ -9,6 +9,9 @@ use formtune_core::reason::RelaxHold;
 /// What would change the last decision, the likeliest first; empty where all is well.
 pub fn would_change(vm: &VmState, node: &Node) -> Vec<String> {
     let mut advice = Vec::new();
+    if let (None, Some(why)) = (&node.probe.method, &node.probe.blind) {
+        return vec![format!("Nothing is decided for anybody: {why}. See `formtune doctor`.")];
+    }
     if let Some(why) = &node.enforce_blocked {
         advice.push(format!("Writing is held back on this node: {why}. See `formtune doctor`."));
     }
@@ -98,6 +101,11 @@ fn for_reason(vm: &VmState, reason: &Reason) -> Option<String> {
         Reason::Throttled { .. } => {
             "Its own CPU quota stops it; no neighbour is to blame. Raise the quota (`virsh \
              schedinfo`: vcpu_quota, global_quota), or let it do less."
+                .into()
+        }
+        Reason::IdleCpu { .. } => {
+            "No neighbour is to blame. Look at its quota, and at what keeps an idle CPU from waking \
+             up at once: deep sleep states (cpuidle), or a node that is itself a virtual machine."
                 .into()
         }
         Reason::OverEntitlement { .. } => format!(

@@ -8,6 +8,7 @@ use super::state::State;
 use super::style::{self, Style, cut, grouped, latency};
 use super::{GOOD, Global, OneLine, error, fail, print};
 use crate::export::culprits::{Blamed, Holder};
+use crate::export::recent::SPAN;
 use crate::export::routes::{DecisionsAnswer, NodeAnswer, VmAnswer};
 use crate::export::snapshot::{
     DecisionRecord, OwnerKind, RecentRunq, VmState, action_name, mode_name,
@@ -101,8 +102,8 @@ pub fn render(
         line("Promise", &promise(vm, slo));
     }
     line("Waits", &waits(vm.recent.as_ref()));
-    if let Some(blamed) = vm.held_by.as_ref().filter(|blamed| blamed.total.0 > 0) {
-        line("Because", &because(blamed));
+    if let Some(because) = because(vm) {
+        line("Because", &because);
     }
     if node.node.block.is_some() {
         line("Block I/O", &block::block(vm, node.node.block.as_ref()));
@@ -200,20 +201,39 @@ fn waits(recent: Option<&RecentRunq>) -> String {
     )
 }
 
-/// `of 1.9 s of long waits, hog-1 held the CPU for 52 %, tasks of the host for 3 %`.
-fn because(blamed: &Blamed) -> String {
+/// What made it wait lately: its own quota before anybody else, as whoever had the CPU
+/// meanwhile, and be it nobody, did not make it wait then.
+fn because(vm: &VmState) -> Option<String> {
+    let stopped = vm.throttled_lately.filter(|time| time.0 > 0).map(|time| {
+        let span = style::age(SPAN);
+        format!("its own quota stopped it for {} in the last {span}", latency(Some(time)))
+    });
+    let held = vm.held_by.as_ref().filter(|blamed| blamed.total.0 > 0).map(held_by);
+    let parts: Vec<String> = stopped.into_iter().chain(held).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
+}
+
+/// `of 1.9 s of long waits, hog-1 held the CPU for 52 %, tasks of the host for 3 %`, or
+/// `of 1.9 s of long waits, the CPU was idle for 90 %, tasks of the host held it for 8 %`.
+fn held_by(blamed: &Blamed) -> String {
     let mut text = format!("of {} of long waits,", latency(Some(blamed.total)));
+    let (mut cpu, mut verb) = ("the CPU", true);
     for (i, held) in blamed.top.iter().enumerate() {
         let who = match &held.holder {
             Holder::Vm(vm) => OneLine(vm).to_string(),
             Holder::Itself => "its own vCPUs".into(),
             Holder::Host => "tasks of the host".into(),
+            Holder::Idle => String::new(),
             Holder::Unknown => "nobody knows who".into(),
         };
         let percent = blamed.share(held) * 100.0;
         let comma = if i > 0 { "," } else { "" };
-        let held = if i == 0 { " held the CPU" } else { "" };
-        let _ = write!(text, "{comma} {who}{held} for {percent:.0} %");
+        let _ = match (&held.holder, verb) {
+            (Holder::Idle, _) => write!(text, "{comma} {cpu} was idle for {percent:.0} %"),
+            (_, true) => write!(text, "{comma} {who} held {cpu} for {percent:.0} %"),
+            (_, false) => write!(text, "{comma} {who} for {percent:.0} %"),
+        };
+        (cpu, verb) = ("it", held.holder == Holder::Idle);
     }
     text
 }

@@ -86,6 +86,7 @@ pub const fn wants_attention(reason: &Reason) -> bool {
             | Reason::NoCulprit { .. }
             | Reason::OverEntitlement { .. }
             | Reason::Throttled { .. }
+            | Reason::IdleCpu { .. }
             | Reason::BlindDecay { .. }
     )
 }

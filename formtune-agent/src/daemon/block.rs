@@ -63,6 +63,7 @@ impl Agent {
             counters: BlockCounters {
                 no_bio: counters.no_bio,
                 no_cgroup: counters.no_cgroup,
+                no_disk: counters.no_disk,
                 no_queued: counters.no_queued,
                 no_issued: counters.no_issued,
                 discarded: counters.discarded,

@@ -11,6 +11,7 @@ mod logging;
 mod privileges;
 mod publish;
 mod recording;
+mod runq;
 mod signals;
 mod weights;
 
@@ -24,7 +25,7 @@ use crate::export::{
 };
 use crate::hypervisor::Hypervisor;
 use crate::record;
-use crate::sense::{ProbeState, Sense};
+use crate::sense::Sense;
 use crate::vm::Vm;
 use alone::Alone;
 use anyhow::{Context, Result, bail};
@@ -134,9 +135,7 @@ impl Agent {
         let open = || Act::open(&config.state_dir, hypervisor.clone());
         let recovered = before.then(open).transpose()?;
         let sense = Sense::open(&config.sense, hypervisor.clone())?;
-        if let ProbeState::Unavailable { program, why, remedy } = &sense.health().runq {
-            bail!("failed to load program {program}: {why} ({remedy})");
-        }
+        let without_runq = runq::missing(&sense)?;
         let (act, recovery) = match recovered {
             Some(recovered) => recovered,
             None => Act::open(&config.state_dir, hypervisor.clone())?,
@@ -147,11 +146,16 @@ impl Agent {
                 recovery.earlier_boot
             );
         }
-        let barred = act.enforce_barred().map(str::to_owned);
+        let mode = &mut config.policy.modes.cpu_weight;
+        let mut barred = act.enforce_barred().map(str::to_owned);
         if let Some(why) = &barred {
             tracing::error!("not enforcing: {why}");
-            let mode = &mut config.policy.modes.cpu_weight;
             *mode = (*mode).min(Mode::Shadow);
+        }
+        if let Some(why) = without_runq {
+            tracing::warn!("no run-queue latency is measured, and nothing is decided on it: {why}");
+            barred = barred.or_else(|| (*mode == Mode::Enforce).then_some(why));
+            *mode = Mode::Observe;
         }
         let facts = Facts::gather(&config, config_path, hypervisor.as_ref(), barred);
         let recorder = recording::begin(&config, &facts)?;
@@ -261,7 +265,7 @@ impl Agent {
             if let Some(block) = &read.block {
                 self.recent_block.add(id, at, block);
             }
-            seen.usage(&read);
+            seen.usage(at, &read);
             let active = read.runq.as_ref().is_none_or(|runq| !runq.counts.is_empty());
             let (cpu_weight, first_read) = self.weights.get(&self.act, vm, active);
             let original = self.act.original(id).or(first_read);

@@ -3,6 +3,7 @@
 use super::Agent;
 use crate::config::Config;
 use crate::export::HdrLog;
+use crate::export::recent::SPAN;
 use crate::export::snapshot::{
     AgentState, Attainment, CgroupLayout, LatencyCounts, LibvirtState, Node, OwnCost, ProbeState,
     Snapshot, VmState,
@@ -12,6 +13,7 @@ use crate::sense::{QuotaPeriods, VmReading};
 use formtune_core::plan::Decision;
 use formtune_core::sample::HostSample;
 use formtune_core::units::{ClassName, Nanos, Weight};
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -109,6 +111,8 @@ pub(super) struct Seen {
     attainment: Attainment,
     cpu_usage_ns: Option<u64>,
     throttled_ns: Option<u64>,
+    /// When it was seen to have grown, and by how much, as far back as [`SPAN`].
+    throttled: VecDeque<(Nanos, u64)>,
     quota_periods: Option<QuotaPeriods>,
 }
 
@@ -120,14 +124,28 @@ impl Seen {
             attainment: Attainment::default(),
             cpu_usage_ns: None,
             throttled_ns: None,
+            throttled: VecDeque::new(),
             quota_periods: None,
         }
     }
 
-    pub fn usage(&mut self, reading: &VmReading) {
+    pub fn usage(&mut self, at: Nanos, reading: &VmReading) {
         self.cpu_usage_ns = reading.cpu_usage_ns;
+        let grown = reading.throttled_ns.zip(self.throttled_ns);
+        let grown = grown.map_or(0, |(now, before)| now.saturating_sub(before));
+        if grown > 0 {
+            self.throttled.retain(|(then, _)| at.since(*then) < SPAN);
+            self.throttled.push_back((at, grown));
+        }
         self.throttled_ns = reading.throttled_ns;
         self.quota_periods = reading.quota_periods;
+    }
+
+    /// Time throttled in the last [`SPAN`]; `None` where it is not known.
+    fn throttled_lately(&self, now: Nanos) -> Option<Nanos> {
+        self.throttled_ns?;
+        let lately = self.throttled.iter().filter(|(then, _)| now.since(*then) < SPAN);
+        Some(Nanos(lately.map(|(_, ns)| ns).sum()))
     }
 
     pub fn decided(&mut self, decision: &Decision) {
@@ -173,6 +191,7 @@ impl Agent {
                     .map(|totals| LatencyCounts::from_dense(totals.buckets(), totals.wait_ns));
                 state.cpu_usage_ns = seen.cpu_usage_ns;
                 state.throttled_ns = seen.throttled_ns;
+                state.throttled_lately = seen.throttled_lately(now);
                 let known = state.runq.is_some();
                 state.held_by = known.then(|| self.culprits.recent(id, now));
                 state.held_by_total = known.then(|| self.culprits.total(id));
@@ -233,6 +252,7 @@ impl Agent {
                 runs_per_s: health.cost.map(|cost| cost.runs_per_s),
                 budget_cpus: self.config.policy.probe_budget,
                 sampling_shift: health.sampling_shift,
+                unsampled: health.blind().is_none().then_some(health.unsampled),
             },
             agent: AgentState {
                 version: env!("CARGO_PKG_VERSION").into(),

@@ -18,8 +18,8 @@ pub(super) fn release() -> Check {
     };
     let found = format!("Linux {release} on {}", std::env::consts::ARCH);
     if kernel::too_old(&release).is_some() {
-        let remedy = "run 5.10 or later; on older kernels the program sched_switch may not load, \
-                      and formtune then measures no waits and changes nothing";
+        let remedy = "run 5.10 or later; on older kernels programs may not load: formtune does what it \
+                      can with the rest, and without sched_switch changes nothing";
         return Check::finding("kernel", found, remedy);
     }
     Check::ok("kernel", found)

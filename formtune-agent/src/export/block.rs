@@ -132,10 +132,13 @@ pub struct BlockNode {
 /// Requests that are not in the histograms, or not where one would look for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockCounters {
-    /// Without a bio: counted for the host, or not at all if the disk was gone too.
+    /// Without a bio: counted for the host.
     pub no_bio: u64,
     /// Without a block cgroup: counted for the host.
     pub no_cgroup: u64,
+    /// Of a disk that is gone; not counted.
+    #[serde(default)]
+    pub no_disk: u64,
     /// Not known when queued; not in `total`.
     pub no_queued: u64,
     /// Not known when given to the device; not in `in_device`.

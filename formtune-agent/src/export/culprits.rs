@@ -22,6 +22,8 @@ pub enum Holder {
     Itself,
     /// Tasks that are no VM's.
     Host,
+    /// Nobody: the CPU was idle.
+    Idle,
     /// Nobody knows.
     Unknown,
 }
@@ -33,6 +35,7 @@ impl Holder {
             Self::Vm(vm) => ("vm", &vm.0),
             Self::Itself => ("itself", ""),
             Self::Host => ("host", ""),
+            Self::Idle => ("idle", ""),
             Self::Unknown => ("unknown", ""),
         }
     }
@@ -63,7 +66,11 @@ impl Blamed {
             .by_vm
             .iter()
             .map(|(id, ns)| (who(id), *ns))
-            .chain([(Holder::Host, held.by_host_ns), (Holder::Unknown, held.unknown_ns)])
+            .chain([
+                (Holder::Host, held.by_host_ns),
+                (Holder::Idle, held.idle_ns),
+                (Holder::Unknown, held.unknown_ns),
+            ])
             .filter(|(_, ns)| *ns > 0)
             .map(|(holder, ns)| Held { holder, time: Nanos(ns) })
             .collect();
@@ -143,7 +150,7 @@ mod tests {
 
     fn held(by_vm: &[(&str, u64)], by_host_ns: u64) -> HeldInterval {
         let by_vm = by_vm.iter().map(|(vm, ns)| (VmId::from(*vm), *ns)).collect();
-        HeldInterval { by_vm, by_host_ns, unknown_ns: 0 }
+        HeldInterval { by_vm, by_host_ns, ..HeldInterval::default() }
     }
 
     #[test]
@@ -163,6 +170,9 @@ mod tests {
         culprits.forget(&"old".into());
         assert_eq!(first(&culprits), Holder::Unknown);
         assert_eq!(culprits.total(&vm).total, Nanos(600));
+        let idle = HeldInterval { idle_ns: 1_000, by_host_ns: 1, ..HeldInterval::default() };
+        culprits.add(&vm, second(13), &idle);
+        assert_eq!(first(&culprits).labels(), ("idle", ""));
         culprits.forget(&vm);
         assert_eq!(culprits.total(&vm), Blamed::default());
         assert!(culprits.vms.is_empty());

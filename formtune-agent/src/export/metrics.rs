@@ -171,6 +171,17 @@ impl Families<'_> {
             "Share of events that the probes look at; each counts as its reciprocal",
             Some(f64::exp2(-f64::from(node.probe.sampling_shift))),
         )?;
+        let unsampled = [
+            ("runq", node.probe.unsampled),
+            ("block", node.block.as_ref().map(|block| block.counters.unsampled)),
+            ("tap", node.tcp.unsampled),
+        ];
+        self.counter(
+            "formtune_probe_unsampled_total",
+            "What a probe did not look at, to stay within the budget: context switches, block \
+             requests, TCP segments of guests; those that it did look at count for them too",
+            unsampled.map(|(probe, count)| ([("probe", probe)], count.map(|count| count as f64))),
+        )?;
         self.one(
             "formtune_libvirt_up",
             "1 while libvirt answers, 0 while it does not; absent where it is not used",

@@ -143,6 +143,10 @@ pub struct ProbeState {
     pub budget_cpus: f64,
     /// They look at one event in 2^this, which counts as 2^this.
     pub sampling_shift: u8,
+    /// Context switches that the run-queue probe did not look at for that reason, on the whole node;
+    /// `None` while it is not loaded.
+    #[serde(default)]
+    pub unsampled: Option<u64>,
 }
 
 /// The agent's process.
@@ -266,6 +270,9 @@ pub struct VmState {
     pub cpu_usage_ns: Option<u64>,
     /// Time the VM was throttled by its own quota, nanoseconds.
     pub throttled_ns: Option<u64>,
+    /// Of it, that of the last 10 s, as the kernel books it (on each CPU by itself).
+    #[serde(default)]
+    pub throttled_lately: Option<Nanos>,
     /// Who held the CPUs during its long waits of the last seconds; `None` where nobody knows.
     pub held_by: Option<Blamed>,
     /// The same since the VM was first seen.
@@ -316,6 +323,7 @@ impl VmState {
             runq: None,
             cpu_usage_ns: None,
             throttled_ns: None,
+            throttled_lately: None,
             held_by: None,
             held_by_total: None,
             quota_periods: None,

@@ -81,6 +81,10 @@ pub struct NodeTcp {
     /// times.
     #[serde(default)]
     pub sampling_shift: u32,
+    /// Segments of the guests' flows that were left out for that reason; `None` while tap devices
+    /// are not watched.
+    #[serde(default)]
+    pub unsampled: Option<u64>,
 }
 
 impl From<TcpCounts> for VmTcp {
@@ -135,6 +139,7 @@ impl From<TcpHealth> for NodeTcp {
             taps: guest.taps,
             unmeasured_taps: guest.taps_not_measured,
             sampling_shift: guest.sampling_shift,
+            unsampled: (guest.state == ProbeState::Loaded).then_some(guest.unsampled),
         }
     }
 }

@@ -35,6 +35,8 @@ pub struct ProbeHealth {
     pub cost: Option<Cost>,
     /// The probes look at one event in 2^this.
     pub sampling_shift: u8,
+    /// Context switches that the run-queue probe did not look at for that reason.
+    pub unsampled: u64,
 }
 
 /// State of one probe.

@@ -36,7 +36,7 @@ use crate::vm::{Owner, Vm};
 use block::Block;
 use cgroup::{CgroupError, Hierarchies};
 use discover::{Discovery, Found};
-use formtune_common::runq::{HOST, slot_of};
+use formtune_common::runq::{HOST, IDLE, slot_of};
 use formtune_core::sample::{HeldInterval, HostSample, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
 use inventory::{Change, Group, Tree};
@@ -185,6 +185,7 @@ impl Sense {
             domains_without_cgroup: 0,
             cost: None,
             sampling_shift: 0,
+            unsampled: 0,
         };
         Ok(Self {
             hierarchies,
@@ -456,10 +457,10 @@ impl Sense {
         // At once, which is faster than one by one.
         let mut vms = BTreeMap::from_iter(vms);
         self.name_holders(held_by, &mut vms);
-        self.health.not_measured = self.tracked.len() as u32 - measured;
         // Without the probe nothing is looked for.
-        self.health.cgroups_not_measured =
-            if self.slots.total() > 0 { cgroups_not_measured } else { 0 };
+        let loaded = self.slots.total() > 0;
+        self.health.not_measured = if loaded { self.tracked.len() as u32 - measured } else { 0 };
+        self.health.cgroups_not_measured = if loaded { cgroups_not_measured } else { 0 };
         self.slots.set_complete(cgroups_not_measured == 0);
         self.health.counted += counted;
         self.health.discarded += discarded;
@@ -489,6 +490,7 @@ impl Sense {
                 match slot_of(holder).and_then(|slot| slots.get(&slot)) {
                     Some(vm) => *held.by_vm.entry((*vm).clone()).or_default() += ns,
                     None if holder == HOST => held.by_host_ns += ns,
+                    None if holder == IDLE => held.idle_ns += ns,
                     None => held.unknown_ns += ns,
                 }
             }
@@ -497,6 +499,7 @@ impl Sense {
 
     fn update_health(&mut self) {
         self.health.slots_used = self.slots.used();
+        self.health.unsampled = self.slots.unsampled();
         (self.health.cgroups, self.health.cgroups_spilled) = self.slots.cgroups();
         self.health.domains_without_cgroup = if self.domains.is_empty() {
             0

@@ -216,6 +216,11 @@ impl Slots {
         self.control(Control { sampling_shift: shift, ..self.control });
     }
 
+    /// Switches that the probe did not look at, as it was told to.
+    pub fn unsampled(&self) -> u64 {
+        self.probe.as_ref().map_or(0, RunqProbe::unsampled)
+    }
+
     /// Whether every cgroup of every VM is known to the probe: else one that is not need not be
     /// the host's.
     pub fn set_complete(&mut self, complete: bool) {
@@ -322,10 +327,7 @@ fn unavailable(error: &ProbeError) -> ProbeState {
     ProbeState::Unavailable {
         program: probes::SCHED_SWITCH,
         why: too_old.map_or_else(|| error.to_string(), |too_old| format!("{too_old}: {error}")),
-        remedy: format!(
-            "{remedy}; without it `formtune run` does not start, and `doctor`, `restore`, `replay` \
-             and `config` work"
-        ),
+        remedy: format!("{remedy}; without it nothing is decided on CPU weights"),
     }
 }
 

@@ -5,6 +5,7 @@ use formtune_agent::cli::style::Style;
 use formtune_agent::cli::{doctor, explain, status};
 use formtune_agent::doctor::{Check, Verdict};
 use formtune_agent::export::Snapshot;
+use formtune_agent::export::culprits::{Blamed, Held, Holder};
 use formtune_agent::export::routes::{NodeAnswer, VmAnswer, VmsAnswer};
 use formtune_agent::export::snapshot::{LibvirtState, VmState};
 use formtune_core::plan::{Action, Decision, Evidence, Reason};
@@ -128,6 +129,24 @@ fn explain_a_victim() {
 #[test]
 fn explain_a_neighbour() {
     let text = explained(&fixture::snapshot(), "hog-1");
+    assert_fits(&text, 80);
+    insta::assert_snapshot!(text);
+}
+
+/// Its quota comes first, then that nobody had the CPU.
+#[test]
+fn explain_one_that_its_quota_stops() {
+    let mut snapshot = fixture::snapshot();
+    let vm = snapshot.vms.get_mut(&VmId::from("hog-1")).unwrap();
+    let held = |holder, ms| Held { holder, time: Nanos::from_millis(ms) };
+    let top = vec![
+        held(Holder::Idle, 3_600),
+        held(Holder::Host, 300),
+        held(Holder::Vm("web-1".into()), 100),
+    ];
+    vm.held_by = Some(Blamed { total: Nanos::from_secs(4), top });
+    vm.throttled_lately = Some(Nanos::from_millis(3_900));
+    let text = explained(&snapshot, "hog-1");
     assert_fits(&text, 80);
     insta::assert_snapshot!(text);
 }

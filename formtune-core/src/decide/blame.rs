@@ -2,7 +2,7 @@
 //!
 //! Where the probe knows who held the CPU during a VM's long waits, that is the answer:
 //! whoever held it for a notable share, of a lower priority, or of the same one and using
-//! more than its entitlement. Where it does not, CPU used beyond the entitlement has to do.
+//! more than its entitlement. For a CPU that was idle nobody is to blame. Where it does not, CPU used beyond the entitlement has to do.
 //!
 //! A VM's entitlement is its share, by weight, of the node among the VMs that run at all.
 //! Blame goes by CPU used beyond it: only the polluter pays (Alita, SC 2020), the lowest
@@ -41,7 +41,7 @@ const OF_WORST: f64 = 0.25;
 const CAUSED: f64 = 0.05;
 
 /// From this share on, a victim's waits are the doing of whoever held the CPU alone: its own
-/// vCPUs, or the host's tasks.
+/// vCPUs, the host's tasks, or nobody's at all.
 pub const MOST: f64 = 0.5;
 
 /// Most VMs lowered at once for one victim. The worst go first; should they not be enough,
@@ -358,7 +358,7 @@ mod tests {
         let holders = |ns: [u64; 6]| {
             let names = ["0", "1", "2", "3", "4", "5"];
             let by_vm = names.iter().zip(ns).map(|(name, ns)| (VmId::from(*name), ns)).collect();
-            let held = HeldInterval { by_vm, by_host_ns: 100, unknown_ns: 0 };
+            let held = HeldInterval { by_vm, by_host_ns: 100, ..Default::default() };
             let found = blame.holders(0, &claims, &held, |id| id.0.parse().ok());
             found.iter().map(|p| p.index).collect::<Vec<_>>()
         };

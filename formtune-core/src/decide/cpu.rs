@@ -8,7 +8,7 @@ use super::verify::{Progress, Trial};
 use crate::estimate::rounded;
 use crate::plan::{Action, Culprit, Knob, Reason, Setpoint};
 use crate::policy::{CpuLoop, Mode, Policy, Priority, Slo};
-use crate::sample::Sample;
+use crate::sample::{HeldInterval, Sample};
 use crate::state::State;
 use crate::step::View;
 use crate::units::{Nanos, VmId, Weight};
@@ -231,10 +231,14 @@ impl Cpu<'_, '_, '_> {
             throttled => return Some(Reason::Throttled { throttled }),
         }
         let held = vm.holders.sum();
-        let own = held.as_ref().map(|held| {
-            let ns = held.by_vm.get(&vm.id).copied().unwrap_or_default();
-            rounded(ns as f64 / held.total_ns().max(1) as f64)
-        });
+        let share = |ns: fn(&HeldInterval, &VmId) -> u64| {
+            let held = held.as_ref()?;
+            Some(rounded(ns(held, &vm.id) as f64 / held.total_ns().max(1) as f64))
+        };
+        if let Some(share) = share(|held, _| held.idle_ns).filter(|share| *share >= MOST) {
+            return Some(Reason::IdleCpu { share });
+        }
+        let own = share(|held, id| held.by_vm.get(id).copied().unwrap_or_default());
         if let Some(share) = own.filter(|share| *share >= MOST) {
             return Some(Reason::OwnVcpus { share });
         }

@@ -247,7 +247,7 @@ fn held(running: &[(VmId, f64)], waiting: &VmId, long_ns: u64, stubborn: f64) ->
         .map(|(id, gets)| (id.clone(), (of_vms * gets / all) as u64))
         .filter(|(_, ns)| *ns > 0)
         .collect();
-    HeldInterval { by_vm, by_host_ns, unknown_ns: 0 }
+    HeldInterval { by_vm, by_host_ns, ..HeldInterval::default() }
 }
 
 /// About `n` exponential waits with the given p99.

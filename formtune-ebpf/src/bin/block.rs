@@ -256,6 +256,11 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
             count!(discarded, weight);
             return None;
         }
+        // First, as what is in no row is no more the host's than a VM's.
+        let Some(device) = disk(request) else {
+            count!(no_disk, weight);
+            return None;
+        };
         let who = match whose(bio, weight) {
             Some(who) => who,
             None if control.incomplete == 0 => HOST,
@@ -263,10 +268,6 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
                 count!(unknown_cgroup, weight);
                 return None;
             }
-        };
-        let Some(device) = disk(request) else {
-            count!(no_bio, weight);
-            return None;
         };
         let key = Key { who, device, op };
         let number = match ROW_OF.get_ptr(&key) {

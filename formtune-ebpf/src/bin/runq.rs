@@ -18,10 +18,10 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_get_smp_processor_id};
 use aya_ebpf::macros::{btf_tracepoint, map};
-use aya_ebpf::maps::{Array, HashMap};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::programs::BtfTracePointContext;
 use formtune_common::runq::{
-    Control, HOLDERS, NOBODY, PAST, RECENT, Row, Running, Stint, UNMEASURED, recent, vm,
+    Control, HOLDERS, IDLE, NOBODY, PAST, RECENT, Row, Running, Stint, UNMEASURED, recent, vm,
 };
 use formtune_common::sampling::{keeps, weight};
 use formtune_common::table::TableEntry;
@@ -42,6 +42,9 @@ static ROWS: Array<Row> = Array::with_max_entries(64, BPF_F_MMAPABLE);
 static RUNNING: Array<Running> = Array::with_max_entries(64, 0);
 #[map]
 static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
+/// Switches that were not looked at, to keep the cost down. Others count for them.
+#[map]
+static UNSAMPLED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// cgroup → slot, by the low bits of the cgroup's id.
 #[map]
 static TABLE: Array<TableEntry> = Array::with_max_entries(4096, 0);
@@ -59,6 +62,8 @@ static ROWS_PER_SLOT: Constant = Constant::new();
 #[unsafe(no_mangle)]
 static CPU_ON_V1: Constant = Constant::new();
 
+#[unsafe(no_mangle)]
+static TASK_PID: Constant = Constant::new();
 #[unsafe(no_mangle)]
 static TASK_LAST_QUEUED: Constant = Constant::new();
 #[unsafe(no_mangle)]
@@ -83,8 +88,6 @@ static KN_ID: Constant = Constant::new();
 
 /// `sched_switch(bool preempt, struct task_struct *prev, struct task_struct *next, …)`,
 /// include/trace/events/sched.h. A fourth argument came with 5.18; the first three stayed.
-///
-/// pid 0 needs no test: idle tasks are in the root cgroup, which is no VM's.
 #[btf_tracepoint(function = "sched_switch")]
 pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     switched(&ctx);
@@ -98,6 +101,9 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
     let shift = control.sampling_shift & 15;
     // SAFETY: a helper without arguments.
     if shift != 0 && !keeps(unsafe { bpf_get_prandom_u32() }, shift) {
+        let unsampled = UNSAMPLED.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own map value.
+        unsafe { add_u64(unsampled, 1) };
         return None;
     }
     let next: *const u8 = ctx.arg(2);
@@ -110,9 +116,14 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
         let found = slot(&TABLE, TABLE_MASK.get(), &SPILL, cgroup_id(next));
         let holder = match found {
             Some(slot) => vm(slot),
-            // Most switches are between tasks of the host.
-            None if (*running).holder == control.outside => return None,
-            None => control.outside,
+            None => {
+                let holder = if is_idle(running, next) { IDLE } else { control.outside };
+                // Many switches are between tasks of the host.
+                if (*running).holder == holder {
+                    return None;
+                }
+                holder
+            }
         };
         let cfs_rq: *const u8 = field(next, &TASK_CFS_RQ);
         let rq: *const u8 = field(cfs_rq, &CFS_RQ_RQ);
@@ -141,6 +152,24 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
         }
     }
     Some(())
+}
+
+/// Whether `next` is this CPU's idle task. Those are in the root cgroup, which is no VM's, so only
+/// tasks outside of VMs need be asked; and once the CPU has been idle, its own memory answers.
+#[inline(always)]
+unsafe fn is_idle(running: *mut Running, next: *const u8) -> bool {
+    // SAFETY: this CPU's own map value; `next` is a task.
+    unsafe {
+        let known = (*running).idle_task;
+        if known != 0 {
+            return known == next as u64;
+        }
+        let idle = field::<i32>(next, &TASK_PID) == 0;
+        if idle {
+            (*running).idle_task = next as u64;
+        }
+        idle
+    }
 }
 
 /// Counts a wait, as often as switches are looked at seldom.

@@ -41,6 +41,9 @@ formtune_ebpf::object!();
 static ROWS: Array<TapRow> = Array::with_max_entries(64, BPF_F_MMAPABLE);
 #[map]
 static CONTROL: Array<TapControl> = Array::with_max_entries(1, 0);
+/// Segments of flows that are left out, to keep the cost down. Others count for them.
+#[map]
+static UNSAMPLED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 /// Interface → place, by the low bits of the interface's index.
 #[map]
 static TABLE: Array<TableEntry> = Array::with_max_entries(1024, 0);
@@ -162,6 +165,8 @@ fn count(way: *mut Way, key: u64, segment: &Segment) {
         add_u64(&raw mut (*way).segments, segments.into());
         add_u64(&raw mut (*way).bytes, segment.len.into());
         if !control.follows(key) {
+            let Some(unsampled) = UNSAMPLED.get_ptr_mut(0) else { return };
+            add_u64(unsampled, segments.into());
             return;
         }
         let Some(seen) = follow(control.kept_as(key), segment) else {

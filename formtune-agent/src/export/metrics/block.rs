@@ -108,21 +108,16 @@ impl Families<'_> {
         )?;
         self.counter(
             "formtune_block_lost_total",
-            "Block requests that are in no histogram: impossible times, no row free, of a cgroup \
-             that may be a VM's, not seen",
+            "Block requests that are in no histogram: impossible times, no row free, of a disk that \
+             is gone, of a cgroup that may be a VM's, not seen",
             [
+                ("no_disk", Some(counters.no_disk)),
                 ("discarded", Some(counters.discarded)),
                 ("full", Some(counters.full)),
                 ("unknown_cgroup", Some(counters.unknown_cgroup)),
                 ("missed", counters.missed),
             ]
             .map(|(why, count)| ([("reason", why)], count.map(|count| count as f64))),
-        )?;
-        self.counter(
-            "formtune_block_unsampled_total",
-            "Block requests that were not looked at, to stay within the probes' budget; those that \
-             were count for them too",
-            [([], Some(counters.unsampled as f64))],
         )?;
         self.counter(
             "formtune_block_special_total",

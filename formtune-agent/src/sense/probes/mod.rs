@@ -20,7 +20,7 @@ pub use tap::{FORMTUNE_TAP_TX, TapLinks, TapMethod, TapProbe, TapRows, TapSizes}
 
 use super::btf::{self, Btf, BtfError};
 use super::table::TableMaps;
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use aya::programs::{BtfTracePoint, ProgramError};
 use aya::{Ebpf, EbpfLoader};
 use formtune_common::table::TableEntry;
@@ -116,6 +116,20 @@ fn programs(ebpf: &Ebpf) -> Vec<OwnedFd> {
 
 fn take(ebpf: &mut Ebpf, map: &'static str) -> Result<Map, ProbeError> {
     ebpf.take_map(map).ok_or(ProbeError::Object(map))
+}
+
+/// What a probe did not look at, as it samples: the map `UNSAMPLED` of an object.
+struct Unsampled(PerCpuArray<MapData, u64>);
+
+impl Unsampled {
+    fn of(ebpf: &mut Ebpf) -> Result<Self, ProbeError> {
+        Ok(Self(take(ebpf, "UNSAMPLED")?.try_into().map_err(aya::EbpfError::from)?))
+    }
+
+    /// On all CPUs, since the probe was loaded. Reading a map of this kind cannot fail.
+    fn count(&self) -> u64 {
+        self.0.get(&0, 0).map_or(0, |of_cpus| of_cpus.iter().sum())
+    }
 }
 
 /// The maps `TABLE` and `SPILL` of an object.

@@ -1,6 +1,6 @@
 //! The run-queue probe.
 
-use super::{CgroupTable, Kernel, ProbeError, attach, load, take};
+use super::{CgroupTable, Kernel, ProbeError, Unsampled, attach, load, take};
 use crate::sense::runq::SlotRows;
 use crate::vm::CgroupVersion;
 use aya::maps::{Array, Map, MapData};
@@ -18,6 +18,7 @@ pub const SCHED_SWITCH: &str = "sched_switch";
 
 /// Constants of `formtune-ebpf/src/runq.rs` that are offsets: name, structure, member.
 const OFFSETS: &[(&str, &str, &str)] = &[
+    ("TASK_PID", "task_struct", "pid"),
     ("TASK_LAST_QUEUED", "task_struct", "sched_info.last_queued"),
     ("TASK_CFS_RQ", "task_struct", "se.cfs_rq"),
     ("TASK_CGROUPS", "task_struct", "cgroups"),
@@ -55,6 +56,7 @@ pub struct RunqProbe {
     /// Which cgroup is whose.
     pub cgroups: CgroupTable,
     control: Array<MapData, Control>,
+    unsampled: Unsampled,
     rows: MapData,
     cpus: u32,
     #[cfg(debug_assertions)]
@@ -101,10 +103,12 @@ impl RunqProbe {
             return Err(ProbeError::Object("ROWS"));
         };
         let cgroups = CgroupTable::of(&mut ebpf)?;
+        let unsampled = Unsampled::of(&mut ebpf)?;
         let map = take(&mut ebpf, "CONTROL")?.try_into().map_err(aya::EbpfError::from)?;
         let mut probe = Self {
             cgroups,
             control: map,
+            unsampled,
             rows,
             cpus: sizes.cpus,
             #[cfg(debug_assertions)]
@@ -122,6 +126,11 @@ impl RunqProbe {
     /// If the map cannot be written, which a map of this kind always can.
     pub fn control(&mut self, control: Control) -> Result<(), ProbeError> {
         Ok(self.control.set(0, control, 0).map_err(aya::EbpfError::from)?)
+    }
+
+    /// Switches that it did not look at, since it was loaded.
+    pub fn unsampled(&self) -> u64 {
+        self.unsampled.count()
     }
 
     /// Its programs, to be asked what they cost.

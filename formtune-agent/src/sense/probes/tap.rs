@@ -2,7 +2,7 @@
 
 use super::clsact::{self, Made};
 use super::mapped::Mapped;
-use super::{CgroupTable, ProbeError, load, map_error, take, verified};
+use super::{CgroupTable, ProbeError, Unsampled, load, map_error, take, verified};
 use crate::sense::table::TableMaps;
 use aya::maps::{Array, MapData};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
@@ -70,6 +70,7 @@ pub struct TapProbe {
     pub interfaces: CgroupTable,
     rows: Arc<TapRows>,
     control: Array<MapData, TapControl>,
+    unsampled: Unsampled,
     method: TapMethod,
     ebpf: Ebpf,
 }
@@ -131,9 +132,11 @@ impl TapProbe {
         let mut ebpf = load(OBJECT, &constants, &lengths)?;
         let rows = TapRows { rows: Mapped::of(&mut ebpf, "ROWS", rows)?, cpus: sizes.cpus };
         let interfaces = CgroupTable::of(&mut ebpf)?;
+        let unsampled = Unsampled::of(&mut ebpf)?;
         let mut map = Array::try_from(take(&mut ebpf, "CONTROL")?).map_err(aya::EbpfError::from)?;
         map.set(0, control, 0).map_err(aya::EbpfError::from)?;
-        let mut probe = Self { interfaces, rows: Arc::new(rows), control: map, method, ebpf };
+        let rows = Arc::new(rows);
+        let mut probe = Self { interfaces, rows, control: map, unsampled, method, ebpf };
         for (name, _) in PROGRAMS {
             let program = probe.program(name)?;
             verified(|| program.load())?;
@@ -213,6 +216,11 @@ impl TapProbe {
     /// One line; it is as it was then.
     pub fn control(&mut self, control: TapControl) -> Result<(), String> {
         self.control.set(0, control, 0).map_err(|error| map_error("CONTROL", &error))
+    }
+
+    /// Segments of flows that are not followed, on all devices since it was loaded.
+    pub fn unsampled(&self) -> u64 {
+        self.unsampled.count()
     }
 
     /// Its programs, to be asked what they cost.

@@ -40,6 +40,8 @@ pub struct GuestHealth {
     pub why: Option<String>,
     /// One in 2^this flows is followed, and what it sends again counts 2^this times.
     pub sampling_shift: u32,
+    /// Segments of flows that were left out for that reason.
+    pub unsampled: u64,
 }
 
 /// What the thread tells: which devices are whose, and its state.
@@ -75,6 +77,7 @@ impl Guest {
             taps_not_measured: 0,
             why: None,
             sampling_shift: 0,
+            unsampled: 0,
         };
         let published = Published { vms: BTreeMap::new(), health };
         let mut guest = Self {
