@@ -51,7 +51,9 @@ pub struct Control {
 /// The probe takes a free row when it first sees a key. Every CPU adds to it, atomically;
 /// user space maps it and takes the counts out, atomically too: a row holds what came since
 /// the last reading.
-#[repr(C)]
+///
+/// The head is a cache line of its own, and so is each [`LINE`] of `total`.
+#[repr(C, align(64))]
 pub struct Row {
     /// Whose row this is. Written when it is taken.
     pub key: Key,
@@ -61,11 +63,24 @@ pub struct Row {
     pub total_ns: u64,
     /// Sum of the times from given to the device to done, nanoseconds.
     pub device_ns: u64,
+    /// Which lines of `total` were added to: bit n for the buckets from n × [`LINE`] on. A hint:
+    /// a CPU may undo what another one writes at the same time, and readers must look everywhere
+    /// for what they miss.
+    pub total_lines: u64,
+    /// The same of `device`.
+    pub device_lines: u64,
+    /// None.
+    pub padding: [u64; 2],
     /// Times from queued to done, per bucket.
     pub total: [u32; BUCKETS],
     /// Times from given to the device to done, per bucket.
     pub device: [u32; BUCKETS],
 }
+
+/// Buckets per bit of [`Row::total_lines`].
+pub const LINE: usize = 16;
+
+const _: () = assert!(BUCKETS.div_ceil(LINE) <= 64);
 
 /// What is not in a row, or not in full: the only element of the map `COUNTERS`, one per CPU.
 #[repr(C)]

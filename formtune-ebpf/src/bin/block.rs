@@ -21,7 +21,7 @@ use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, Queue};
 use aya_ebpf::programs::BtfTracePointContext;
 use formtune_common::block::{
-    Control, Counters, FLUSH, HOST, Key, READ, Row, Start, WRITE, device,
+    Control, Counters, FLUSH, HOST, Key, LINE, READ, Row, Start, WRITE, device,
 };
 use formtune_common::sampling::{keeps, weight};
 use formtune_common::table::TableEntry;
@@ -286,6 +286,7 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
             at = bucket(now - queued);
             add_shared_u32((&raw mut (*row).total).cast::<u32>().add(at?), weight);
             add_shared_u64(&raw mut (*row).total_ns, (now - queued) * u64::from(weight));
+            touch(&raw mut (*row).total_lines, at?);
         }
         if issued != 0 {
             // Often the same: the kernel reads the clock once for what is submitted together.
@@ -294,10 +295,18 @@ fn completed(ctx: &BtfTracePointContext) -> Option<()> {
             }
             add_shared_u32((&raw mut (*row).device).cast::<u32>().add(at?), weight);
             add_shared_u64(&raw mut (*row).device_ns, (now - issued) * u64::from(weight));
+            touch(&raw mut (*row).device_lines, at?);
         }
         add_shared_u32(&raw mut (*row).count, weight);
     }
     Some(())
+}
+
+/// Notes that a bucket was added to.
+#[inline(always)]
+unsafe fn touch(lines: *mut u64, bucket: usize) {
+    // SAFETY: as demanded of the caller: a map value.
+    unsafe { lines.write_volatile(lines.read_volatile() | 1 << (bucket / LINE & 63)) }
 }
 
 /// A time that the kernel noted in a request; 0 if it did not, as nobody keeps statistics of

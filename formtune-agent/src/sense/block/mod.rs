@@ -434,7 +434,7 @@ impl Block {
     /// Takes out what the rows hold.
     fn drain(&mut self, now: Nanos) {
         for (key, (number, totals)) in &mut self.taken {
-            let Some(drained) = self.rows.drain(*number, totals, &mut self.scratch) else {
+            let Some(drained) = self.rows.drain(*number, &mut self.scratch) else {
                 continue;
             };
             totals.requests += u64::from(drained.count);

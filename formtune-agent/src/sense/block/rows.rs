@@ -3,8 +3,7 @@
 //!
 //! Mapped in chunks, as rows are first used: a mapped page counts as memory of the agent's.
 
-use super::totals::{LatencyTotals, OpTotals};
-use formtune_common::block::{Key, Row};
+use formtune_common::block::{Key, LINE, Row};
 use formtune_common::histogram::BUCKETS;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use std::ffi::c_void;
@@ -126,23 +125,11 @@ impl Rows {
         Some(unsafe { (&raw const (*row).key).read_volatile() })
     }
 
-    /// Takes out what a row holds; `None` if it is nothing. Where it held something before, and
-    /// so is likely to again, is looked at first.
-    pub fn drain<'s>(
-        &self,
-        number: u32,
-        before: &OpTotals,
-        scratch: &'s mut Scratch,
-    ) -> Option<Drained<'s>> {
+    /// Takes out what a row holds; `None` if it is nothing.
+    pub fn drain<'s>(&self, number: u32, scratch: &'s mut Scratch) -> Option<Drained<'s>> {
         let row = self.row(number)?;
-        // SAFETY: fields of a row of the mapping, aligned; everybody accesses them atomically.
-        let (count, total_ns, device_ns) = unsafe {
-            (
-                AtomicU32::from_ptr(&raw mut (*row).count),
-                AtomicU64::from_ptr(&raw mut (*row).total_ns),
-                AtomicU64::from_ptr(&raw mut (*row).device_ns),
-            )
-        };
+        // SAFETY: a row of the mapping; everybody accesses the field atomically.
+        let count = unsafe { AtomicU32::from_ptr(&raw mut (*row).count) };
         if count.load(Ordering::Acquire) == 0 {
             return None;
         }
@@ -150,9 +137,23 @@ impl Rows {
         // meanwhile is taken by this reading or, as it raises `count`, by the next.
         let count = count.swap(0, Ordering::AcqRel);
         // SAFETY: only addresses are taken.
-        let (total, device) = unsafe { (&raw mut (*row).total, &raw mut (*row).device) };
-        let total_ns = take(total.cast(), total_ns, count, &before.total, &mut scratch.total);
-        let device_ns = take(device.cast(), device_ns, count, &before.device, &mut scratch.device);
+        let (total, device) = unsafe {
+            let (total, device) = (&raw mut (*row).total, &raw mut (*row).device);
+            (
+                Times {
+                    sum_ns: &raw mut (*row).total_ns,
+                    lines: &raw mut (*row).total_lines,
+                    buckets: total.cast(),
+                },
+                Times {
+                    sum_ns: &raw mut (*row).device_ns,
+                    lines: &raw mut (*row).device_lines,
+                    buckets: device.cast(),
+                },
+            )
+        };
+        let total_ns = total.take(count, &mut scratch.total);
+        let device_ns = device.take(count, &mut scratch.device);
         Some(Drained {
             count,
             total: (total_ns, &scratch.total),
@@ -169,47 +170,58 @@ impl Rows {
     }
 }
 
-/// Takes out the sum of times and their buckets.
-fn take(
+/// One of the two histograms of a row of the mapping.
+struct Times {
+    sum_ns: *mut u64,
+    lines: *mut u64,
     buckets: *mut u32,
-    sum_ns: &AtomicU64,
-    count: u32,
-    before: &LatencyTotals,
-    into: &mut Vec<(u16, u32)>,
-) -> u64 {
-    // The probe adds to it after the bucket. Requests may have no times, as a flush has none of
-    // the device.
-    let sum_ns = sum_ns.swap(0, Ordering::AcqRel);
-    drain_buckets(buckets, if sum_ns == 0 { 0 } else { count }, before.range(), into);
-    sum_ns
 }
 
-/// Takes out what the buckets of a row hold, sorted: as many as `count`, or all there are.
-fn drain_buckets(buckets: *mut u32, count: u32, first: Range<usize>, into: &mut Vec<(u16, u32)>) {
-    into.clear();
-    let mut left = count;
-    let (low, high) = (0..first.start, first.end..BUCKETS);
-    let mut sorted = true;
-    for at in first.chain(high).chain(low) {
-        if left == 0 {
-            break;
+impl Times {
+    /// Takes out their sum, nanoseconds, and the buckets, sorted: as many as `count` at least, or
+    /// all there are.
+    fn take(&self, count: u32, into: &mut Vec<(u16, u32)>) -> u64 {
+        into.clear();
+        // SAFETY: fields of a row of the mapping, aligned; everybody accesses them atomically.
+        let [sum_ns, lines] =
+            [self.sum_ns, self.lines].map(|field| unsafe { AtomicU64::from_ptr(field) });
+        // The probe adds to it after the bucket. Requests may have no times, as a flush has none
+        // of the device.
+        let sum_ns = sum_ns.swap(0, Ordering::AcqRel);
+        if sum_ns == 0 {
+            return 0;
         }
-        // SAFETY: `at` is less than BUCKETS; see `Rows::drain`.
-        let bucket = unsafe { AtomicU32::from_ptr(buckets.add(at)) };
-        if bucket.load(Ordering::Relaxed) != 0 {
-            let taken = bucket.swap(0, Ordering::AcqRel);
-            sorted &= into.last().is_none_or(|&(before, _)| usize::from(before) < at);
-            into.push((at as u16, taken));
-            left = left.saturating_sub(taken);
+        let mut left = count;
+        let mut lines = lines.swap(0, Ordering::AcqRel);
+        while lines != 0 {
+            let first = lines.trailing_zeros() as usize * LINE;
+            lines &= lines - 1;
+            self.drain(first..(first + LINE).min(BUCKETS), &mut left, into);
         }
+        // A hint was lost, or some requests have no times.
+        if left > 0 {
+            self.drain(0..BUCKETS, &mut left, into);
+            into.sort_unstable();
+        }
+        sum_ns
     }
-    if !sorted {
-        into.sort_unstable();
+
+    fn drain(&self, buckets: Range<usize>, left: &mut u32, into: &mut Vec<(u16, u32)>) {
+        for at in buckets {
+            // SAFETY: `at` is less than BUCKETS; as above.
+            let bucket = unsafe { AtomicU32::from_ptr(self.buckets.add(at)) };
+            if bucket.load(Ordering::Relaxed) != 0 {
+                let taken = bucket.swap(0, Ordering::AcqRel);
+                into.push((at as u16, taken));
+                *left = left.saturating_sub(taken);
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::totals::OpTotals;
     use super::*;
     use formtune_common::block::{READ, device};
     use formtune_common::histogram::bucket;
@@ -228,13 +240,21 @@ mod tests {
 
     /// What the probe does.
     fn count(rows: &Rows, number: u32, ns: u64) {
+        count_told(rows, number, ns, true);
+    }
+
+    /// The same; where the time was counted may be lost.
+    fn count_told(rows: &Rows, number: u32, ns: u64, told: bool) {
         let row = rows.row(number).unwrap();
         // SAFETY: within the mapping; nobody else writes.
         unsafe {
+            let hint = |ns, told| u64::from(told) << (bucket(ns) as usize / LINE);
             (*row).total[bucket(ns) as usize] += 1;
             (*row).total_ns += ns;
+            (*row).total_lines |= hint(ns, told);
             (*row).device[bucket(ns / 2) as usize] += 1;
             (*row).device_ns += ns / 2;
+            (*row).device_lines |= hint(ns / 2, told);
             (*row).count += 1;
         }
     }
@@ -242,8 +262,8 @@ mod tests {
     #[test]
     fn rows_at_both_ends_of_the_map_are_apart() {
         let (file, mut rows) = rows();
-        let (mut scratch, none) = (Scratch::default(), OpTotals::default());
-        assert!(rows.key(0).is_none() && rows.drain(0, &none, &mut scratch).is_none());
+        let mut scratch = Scratch::default();
+        assert!(rows.key(0).is_none() && rows.drain(0, &mut scratch).is_none());
         for number in [0, CHUNK - 1, CHUNK, LENGTH - 1] {
             rows.ensure(file.as_fd(), number).unwrap();
         }
@@ -254,33 +274,33 @@ mod tests {
         count(&rows, LENGTH - 1, 70_000);
         count(&rows, CHUNK - 1, 10);
         assert_eq!((rows.key(LENGTH - 1), rows.key(CHUNK)), (Some(key), Some(Key::default())));
-        assert!(rows.drain(CHUNK, &none, &mut scratch).is_none());
-        let drained = rows.drain(LENGTH - 1, &none, &mut scratch).unwrap();
+        assert!(rows.drain(CHUNK, &mut scratch).is_none());
+        let drained = rows.drain(LENGTH - 1, &mut scratch).unwrap();
         assert_eq!(drained.total, (70_000, &[(bucket(70_000) as u16, 1)][..]));
         assert_eq!(drained.device, (35_000, &[(bucket(35_000) as u16, 1)][..]));
         count(&rows, LENGTH - 1, 1);
         rows.zero(LENGTH - 1);
-        assert!(rows.drain(LENGTH - 1, &none, &mut scratch).is_none());
+        assert!(rows.drain(LENGTH - 1, &mut scratch).is_none());
         assert_eq!(rows.key(LENGTH - 1), Some(Key::default()));
-        assert_eq!(rows.drain(CHUNK - 1, &none, &mut scratch).unwrap().count, 1);
+        assert_eq!(rows.drain(CHUNK - 1, &mut scratch).unwrap().count, 1);
     }
 
     proptest! {
         /// What is drained adds up to what was counted, whenever it is drained.
         #[test]
         fn nothing_is_lost_between_readings(
-            times in proptest::collection::vec((0u64..1 << 38, any::<bool>()), 1..100),
+            times in proptest::collection::vec((2u64..1 << 38, any::<bool>(), any::<bool>()), 1..100),
         ) {
             let (file, mut rows) = rows();
             rows.ensure(file.as_fd(), 1).unwrap();
             let (mut requests, mut sum, mut buckets) = (0, 0, vec![0; BUCKETS]);
             let mut expected = vec![0; BUCKETS];
             let (mut scratch, mut totals) = (Scratch::default(), OpTotals::default());
-            for (i, &(ns, drain)) in times.iter().enumerate() {
-                count(&rows, 1, ns);
+            for (i, &(ns, told, drain)) in times.iter().enumerate() {
+                count_told(&rows, 1, ns, told);
                 expected[bucket(ns) as usize] += 1;
                 if drain || i + 1 == times.len() {
-                    let drained = rows.drain(1, &totals, &mut scratch).unwrap();
+                    let drained = rows.drain(1, &mut scratch).unwrap();
                     requests += drained.count as usize;
                     totals.total.add(drained.total.0, drained.total.1);
                     totals.device.add(drained.device.0, drained.device.1);
