@@ -1,7 +1,7 @@
 //! Run-queue latency as counted by the probe: mapped rows, differences, totals.
 //!
 //! The probe's map is mapped into the agent, so reading takes no system call, and a row
-//! whose count did not change is skipped: an idle VM costs one load per CPU.
+//! of a CPU on which the VM did not run is not looked at.
 
 use formtune_common::histogram::BUCKETS;
 use formtune_common::runq::{HOLDERS, Held, NOBODY, RECENT, Row, recent_bucket, vm};
@@ -111,6 +111,8 @@ pub struct RunqReader {
 
 #[derive(Clone, Default)]
 struct LastRow {
+    /// `None` before the first reading.
+    seen: Option<u64>,
     count: u32,
     discarded: u32,
     wait_ns: u64,
@@ -202,10 +204,12 @@ impl RunqReader {
         Self { rows, last }
     }
 
-    /// What was counted since the last reading, also added to `totals`; who held the CPUs is
+    /// What was counted since the last reading, also added to `totals`. Rows of CPUs for which
+    /// `seen` says the same as then are as they were. Who held the CPUs is
     /// added to `held`.
     pub fn read(
         &mut self,
+        seen: impl Fn(usize) -> u64,
         totals: &mut RunqTotals,
         held: &mut HeldBy,
         scratch: &mut Scratch,
@@ -213,7 +217,12 @@ impl RunqReader {
         let mut interval = RunqInterval::default();
         let (mut first, mut end) = (BUCKETS, 0);
         for cpu in 0..self.last.len() {
+            let seen = Some(seen(cpu));
             let (row, last) = (self.rows.row(cpu), &mut self.last[cpu]);
+            if std::mem::replace(&mut last.seen, seen) == seen {
+                continue;
+            }
+            fence(Ordering::Acquire);
             // SAFETY: a row of the mapping; the kernel writes there, hence volatile.
             let read = |field: *const u32| unsafe { field.read_volatile() };
             // SAFETY: only addresses are taken.
@@ -322,6 +331,7 @@ mod tests {
     use formtune_common::runq::{HOST, recent};
     use proptest::prelude::*;
     use std::os::fd::AsFd;
+    use std::sync::atomic::AtomicU64;
 
     const CPUS: usize = 3;
 
@@ -332,6 +342,12 @@ mod tests {
             .unwrap();
         let rows = SlotRows::map(file.as_fd(), slot, CPUS).unwrap();
         (file, rows)
+    }
+
+    /// As if there were something new in every row.
+    fn news(_: usize) -> u64 {
+        static SEEN: AtomicU64 = AtomicU64::new(0);
+        SEEN.fetch_add(1, Ordering::Relaxed)
     }
 
     /// What the probe does.
@@ -362,15 +378,31 @@ mod tests {
         let mut reader = RunqReader::new(rows);
         let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
         // Not a reading that can be: rows start from zero.
-        reader.read(&mut RunqTotals::default(), &mut HeldBy::default(), &mut scratch);
+        reader.read(news, &mut RunqTotals::default(), &mut HeldBy::default(), &mut scratch);
         for _ in 0..4 {
             count(&reader.rows, 1, 3_000);
         }
-        let interval = reader.read(&mut totals, &mut HeldBy::default(), &mut scratch);
+        let interval = reader.read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
         assert_eq!(interval.counts, [(bucket(3_000) as u16, 4)]);
         assert_eq!(interval.wait_ns, 12_000);
         assert_eq!((totals.count, totals.wait_ns), (4, 12_000));
         assert_eq!(totals.buckets()[bucket(3_000) as usize], 4);
+    }
+
+    #[test]
+    fn rows_of_cpus_that_saw_nothing_are_not_looked_at() {
+        let (_file, rows) = rows(1, 0);
+        let mut reader = RunqReader::new(rows);
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        let mut read = |reader: &mut RunqReader, seen: [u64; CPUS]| {
+            reader.read(|cpu| seen[cpu], &mut totals, &mut HeldBy::default(), &mut scratch).wait_ns
+        };
+        count(&reader.rows, 0, 5);
+        assert_eq!(read(&mut reader, [1, 0, 0]), 5);
+        count(&reader.rows, 0, 7);
+        count(&reader.rows, 2, 9);
+        assert_eq!(read(&mut reader, [1, 0, 1]), 9);
+        assert_eq!(read(&mut reader, [2, 0, 1]), 7);
     }
 
     #[test]
@@ -382,10 +414,10 @@ mod tests {
         ours.zero();
         let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
         let interval =
-            RunqReader::new(ours).read(&mut totals, &mut HeldBy::default(), &mut scratch);
+            RunqReader::new(ours).read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
         assert_eq!((interval, totals.count), (RunqInterval::default(), 0));
         let interval =
-            RunqReader::new(theirs).read(&mut totals, &mut HeldBy::default(), &mut scratch);
+            RunqReader::new(theirs).read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
         assert_eq!(interval.counts, [(bucket(2) as u16, 1)]);
     }
 
@@ -396,7 +428,7 @@ mod tests {
         unsafe { (*rows.row(0).cast_mut()).discarded = 3 };
         let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
         let interval =
-            RunqReader::new(rows).read(&mut totals, &mut HeldBy::default(), &mut scratch);
+            RunqReader::new(rows).read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
         assert_eq!((interval, totals.discarded), (RunqInterval::default(), 3));
     }
 
@@ -414,7 +446,7 @@ mod tests {
         };
         let mut read = |reader: &mut RunqReader| {
             let mut held = HeldBy::default();
-            reader.read(&mut totals, &mut held, &mut scratch);
+            reader.read(news, &mut totals, &mut held, &mut scratch);
             held.by
         };
         charge(&reader, 0, 0, HOST, 10);
@@ -440,7 +472,7 @@ mod tests {
             for reading in 1..=2 {
                 count(&reader.rows, 0, 1_000 * round * reading);
                 count(&reader.rows, 1, 5_000);
-                reader.read(&mut totals, &mut HeldBy::default(), &mut scratch);
+                reader.read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
                 let now = LatencyCounts::from_dense(totals.buckets(), totals.wait_ns);
                 let counted = now.since(&before).expect("no bucket fell");
                 assert_eq!(counted.sum_ns, 1_000 * round * reading + 5_000);
@@ -492,10 +524,10 @@ mod tests {
                 count_as(&reader.rows, cpu, wait, 1 << shift);
                 expected[bucket(wait) as usize] += 1 << shift;
                 if read {
-                    add(reader.read(&mut totals, &mut HeldBy::default(), &mut scratch));
+                    add(reader.read(news, &mut totals, &mut HeldBy::default(), &mut scratch));
                 }
             }
-            add(reader.read(&mut totals, &mut HeldBy::default(), &mut scratch));
+            add(reader.read(news, &mut totals, &mut HeldBy::default(), &mut scratch));
             prop_assert_eq!(&sum, &expected);
             prop_assert_eq!(&totals.buckets()[..], &expected[..]);
             prop_assert_eq!(wait_ns, waits.iter().map(|w| w.1 << w.2).sum::<u64>());

@@ -179,8 +179,10 @@ impl Slots {
         totals: &mut RunqTotals,
         held: &mut HeldBy,
     ) -> Option<RunqInterval> {
-        let (_, reader) = slot.reader.as_mut()?;
-        Some(reader.read(totals, held, &mut self.scratch))
+        let (number, reader) = slot.reader.as_mut()?;
+        let probe = self.probe.as_ref()?;
+        let seen = |cpu| probe.seen(*number, cpu);
+        Some(reader.read(seen, totals, held, &mut self.scratch))
     }
 
     /// Takes a VM's cgroups out of the table; its slot rests.

@@ -1,5 +1,6 @@
 //! The run-queue probe.
 
+use super::mapped::Mapped;
 use super::{CgroupTable, Kernel, ProbeError, Unsampled, attach, load, take};
 use crate::sense::runq::SlotRows;
 use crate::vm::CgroupVersion;
@@ -44,9 +45,10 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Kernel memory of `ROWS` and `TABLE`, bytes. `SPILL` takes some with every entry only.
+    /// Kernel memory of `ROWS`, `SEEN` and `TABLE`, bytes. `SPILL` takes some with every entry only.
     pub fn bytes(&self) -> u64 {
-        let rows = u64::from(self.slots) * u64::from(self.cpus) * size_of::<Row>() as u64;
+        let row = (size_of::<Row>() + size_of::<u64>()) as u64;
+        let rows = u64::from(self.slots) * u64::from(self.cpus) * row;
         rows + u64::from(self.table) * size_of::<TableEntry>() as u64
     }
 }
@@ -58,6 +60,8 @@ pub struct RunqProbe {
     control: Array<MapData, Control>,
     unsampled: Unsampled,
     rows: MapData,
+    seen: Mapped<u64>,
+    slots: u32,
     cpus: u32,
     #[cfg(debug_assertions)]
     log: Option<aya_log::EbpfLogger<super::Log>>,
@@ -89,9 +93,11 @@ impl RunqProbe {
             ("CPU_ON_V1", u32::from(version == CgroupVersion::V1)),
             ("TABLE_MASK", sizes.table - 1),
             ("ROWS_PER_SLOT", sizes.cpus),
+            ("SLOTS", sizes.slots),
         ]);
         let lengths = [
             ("ROWS", sizes.slots * sizes.cpus),
+            ("SEEN", sizes.slots * sizes.cpus),
             ("RUNNING", sizes.cpus),
             ("TABLE", sizes.table),
             ("SPILL", sizes.spill),
@@ -102,6 +108,7 @@ impl RunqProbe {
         let Map::Array(rows) = take(&mut ebpf, "ROWS")? else {
             return Err(ProbeError::Object("ROWS"));
         };
+        let seen = Mapped::of(&mut ebpf, "SEEN", sizes.slots * sizes.cpus)?;
         let cgroups = CgroupTable::of(&mut ebpf)?;
         let unsampled = Unsampled::of(&mut ebpf)?;
         let map = take(&mut ebpf, "CONTROL")?.try_into().map_err(aya::EbpfError::from)?;
@@ -110,6 +117,8 @@ impl RunqProbe {
             control: map,
             unsampled,
             rows,
+            seen,
+            slots: sizes.slots,
             cpus: sizes.cpus,
             #[cfg(debug_assertions)]
             log,
@@ -136,6 +145,11 @@ impl RunqProbe {
     /// Its programs, to be asked what they cost.
     pub fn programs(&self) -> Vec<OwnedFd> {
         super::programs(&self.ebpf)
+    }
+
+    /// Switches to tasks of the VM in a slot, on one CPU; the row tells of no more than these.
+    pub fn seen(&self, slot: u32, cpu: usize) -> u64 {
+        self.seen.get(cpu as u32 * self.slots + slot)
     }
 
     /// Maps the rows of a slot.
