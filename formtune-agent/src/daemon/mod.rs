@@ -153,7 +153,7 @@ impl Agent {
             *mode = (*mode).min(Mode::Shadow);
         }
         if let Some(why) = without_runq {
-            tracing::warn!("no run-queue latency is measured, and nothing is decided on it: {why}");
+            tracing::warn!("measuring only, as in mode observe: {why}");
             barred = barred.or_else(|| (*mode == Mode::Enforce).then_some(why));
             *mode = Mode::Observe;
         }

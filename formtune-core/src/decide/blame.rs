@@ -2,7 +2,8 @@
 //!
 //! Where the probe knows who held the CPU during a VM's long waits, that is the answer:
 //! whoever held it for a notable share, of a lower priority, or of the same one and using
-//! more than its entitlement. For a CPU that was idle nobody is to blame. Where it does not, CPU used beyond the entitlement has to do.
+//! more than its entitlement; nobody, if the CPU was idle. Where it does not, CPU used beyond
+//! the entitlement has to do.
 //!
 //! A VM's entitlement is its share, by weight, of the node among the VMs that run at all.
 //! Blame goes by CPU used beyond it: only the polluter pays (Alita, SC 2020), the lowest
