@@ -16,6 +16,7 @@ mod health;
 pub mod inventory;
 pub mod kernel;
 mod libvirt_names;
+mod prefetch;
 pub mod probes;
 mod runq;
 mod shortage;
@@ -424,6 +425,9 @@ impl Sense {
         let mut held_by = Vec::new();
         let (mut counted, mut discarded) = (0, 0);
         let (mut measured, mut cgroups_not_measured) = (0, 0);
+        for tracked in self.tracked.values() {
+            self.slots.prefetch(&tracked.slot);
+        }
         // One pass for everything: what a thousand VMs cost is to get at their memory.
         for tracked in self.tracked.values_mut() {
             self.slots.ensure(&mut tracked.slot);

@@ -3,6 +3,7 @@
 //! The probe's map is mapped into the agent, so reading takes no system call, and a row
 //! of a CPU on which the VM did not run is not looked at.
 
+use super::prefetch::{LINE, prefetch};
 use formtune_common::histogram::BUCKETS;
 use formtune_common::runq::{HOLDERS, Held, NOBODY, RECENT, Row, recent_bucket, vm};
 use formtune_core::sample::RunqInterval;
@@ -204,9 +205,19 @@ impl RunqReader {
         Self { rows, last }
     }
 
+    /// Asks for the heads of the rows that [`Self::read`] will look at.
+    pub fn prefetch(&self, seen: impl Fn(usize) -> u64) {
+        for (cpu, last) in self.last.iter().enumerate() {
+            if last.seen != Some(seen(cpu)) {
+                let head = self.rows.row(cpu).cast::<u8>();
+                prefetch(head);
+                prefetch(head.wrapping_add(LINE));
+            }
+        }
+    }
+
     /// What was counted since the last reading, also added to `totals`. Rows of CPUs for which
-    /// `seen` says the same as then are as they were. Who held the CPUs is
-    /// added to `held`.
+    /// `seen` says the same as then are as they were. Who held the CPUs is added to `held`.
     pub fn read(
         &mut self,
         seen: impl Fn(usize) -> u64,
@@ -288,6 +299,8 @@ impl RunqReader {
         }
         if first < end {
             let all = totals.buckets.get_or_insert_with(|| Box::new([0; BUCKETS]));
+            // Most intervals hold no more: one allocation for each.
+            interval.counts.reserve(16);
             for at in first..end {
                 let counted = std::mem::take(&mut scratch.0[at]);
                 if counted != 0 {

@@ -171,6 +171,13 @@ impl Slots {
         }
     }
 
+    /// Asks for the rows that [`Self::read`] is about to read.
+    pub fn prefetch(&self, slot: &Slot) {
+        if let (Some(probe), Some((number, reader))) = (&self.probe, &slot.reader) {
+            reader.prefetch(|cpu| probe.seen(*number, cpu));
+        }
+    }
+
     /// Waits since the last reading; `None` without a slot. Who held the CPUs during the long
     /// ones is added to `held`.
     pub fn read(

@@ -433,6 +433,9 @@ impl Block {
 
     /// Takes out what the rows hold.
     fn drain(&mut self, now: Nanos) {
+        for (number, _) in self.taken.values() {
+            self.rows.prefetch(*number);
+        }
         for (key, (number, totals)) in &mut self.taken {
             let Some(drained) = self.rows.drain(*number, &mut self.scratch) else {
                 continue;
@@ -449,7 +452,9 @@ impl Block {
                     coalesce(&mut interval.counts);
                 }
                 _ => {
-                    let counts = drained.total.1.to_vec();
+                    // Most hold no more, of all devices and operations.
+                    let mut counts = Vec::with_capacity(16.max(drained.total.1.len()));
+                    counts.extend_from_slice(drained.total.1);
                     let interval = RunqInterval { counts, wait_ns: drained.total.0 };
                     self.intervals.push((key.who, interval));
                 }

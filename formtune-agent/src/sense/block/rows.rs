@@ -3,6 +3,7 @@
 //!
 //! Mapped in chunks, as rows are first used: a mapped page counts as memory of the agent's.
 
+use super::super::prefetch::prefetch;
 use formtune_common::block::{Key, LINE, Row};
 use formtune_common::histogram::BUCKETS;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -123,6 +124,13 @@ impl Rows {
         let row = self.row(number)?;
         // SAFETY: within the mapping; the kernel may write, hence volatile.
         Some(unsafe { (&raw const (*row).key).read_volatile() })
+    }
+
+    /// Asks for the head of a row.
+    pub fn prefetch(&self, number: u32) {
+        if let Some(row) = self.row(number) {
+            prefetch(row);
+        }
     }
 
     /// Takes out what a row holds; `None` if it is nothing.
