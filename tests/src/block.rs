@@ -60,9 +60,21 @@ impl LoopDevice {
     /// # Panics
     /// If it cannot be read.
     pub fn reads(&self) -> (u64, u64) {
+        let stat = self.stat();
+        (stat[0], stat[3])
+    }
+
+    /// How many reads the kernel merged into others, likewise.
+    ///
+    /// # Panics
+    /// If it cannot be read.
+    pub fn merged_reads(&self) -> u64 {
+        self.stat()[1]
+    }
+
+    fn stat(&self) -> Vec<u64> {
         let text = fs::read_to_string(format!("/sys/block/{}/stat", self.name())).unwrap();
-        let fields: Vec<u64> = text.split_whitespace().map(|v| v.parse().unwrap()).collect();
-        (fields[0], fields[3])
+        text.split_whitespace().map(|v| v.parse().unwrap()).collect()
     }
 
     /// One whose requests carry no times.

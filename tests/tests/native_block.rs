@@ -34,6 +34,21 @@ const MANY: &[&str] = &[
     "--number_ios=50000",
     "--io_size=10g",
 ];
+/// Reads in one request of [`FOURS`].
+const FOUR: u64 = 4;
+/// Always four side by side at once (of fewer the kernel makes no batch), and nothing else before
+/// all are done.
+const FOURS: &[&str] = &[
+    "--bs=4k",
+    "--rw=read",
+    "--ioengine=io_uring",
+    "--iodepth=4",
+    "--iodepth_batch_submit=4",
+    "--iodepth_batch_complete_min=4",
+    "--iodepth_batch_complete_max=4",
+    "--number_ios=2000",
+    "--io_size=1g",
+];
 /// Large ones, one after the other, so that what they take is the device's time.
 const LARGE: &[&str] =
     &["--bs=256k", "--rw=randread", "--ioengine=psync", "--number_ios=200", "--io_size=10g"];
@@ -156,6 +171,33 @@ fn reads_are_counted_and_timed_as_the_kernel_does() {
     runs.check();
     assert_eq!(bed.totals(Some(other.group.path()), &device, READ), OpTotals::default());
     assert_eq!(bed.totals(Some(path), &device, WRITE), OpTotals::default());
+}
+
+/// Reads that lie side by side and are submitted together are one request.
+#[test]
+fn what_the_kernel_merges_counts_once() {
+    let vm = BlockVm::new("ft-block-merged");
+    let device = LoopDevice::new();
+    device.set("nomerges", "0");
+    let mut bed = Bed::new(&[&vm]);
+    let mut runs = Runs::default();
+    let counted = |bed: &Bed| {
+        let requests = bed.totals(Some(vm.group.path()), &device, READ).requests;
+        (requests, bed.sense.block().health().counters.merged)
+    };
+    while runs.open() {
+        let (before, kernel) = (counted(&bed), (device.reads().0, device.merged_reads()));
+        let job = fio(&device, Some(vm.procs()), FOURS);
+        bed.sample();
+        let (after, all) = (counted(&bed), job.read.total_ios);
+        let kernel = (device.reads().0 - kernel.0, device.merged_reads() - kernel.1);
+        println!("fio: {all} reads; kernel: {kernel:?}, counted: {after:?} after {before:?}");
+        assert_eq!(kernel, (all / FOUR, all - all / FOUR), "requests, and reads merged");
+        runs.add(after.0 - before.0, kernel.0);
+        // Those of other devices are among them.
+        assert!(after.1 - before.1 >= after.0 - before.0, "not all of the requests were merged");
+    }
+    runs.check();
 }
 
 /// fio's time holds ours, and what it takes fio to get a CPU again: on a machine with other
