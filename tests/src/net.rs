@@ -81,6 +81,30 @@ pub fn lasting_tap(name: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// What sends whole frames out of a device, as the host does to a guest: one per `write`.
+///
+/// # Errors
+/// Those of `socket` and `bind`.
+pub fn sender(device: &str) -> io::Result<fs::File> {
+    let index = nix::net::if_::if_nametoindex(device)?;
+    // SAFETY: system calls; the descriptor is a new one, the address plain numbers.
+    unsafe {
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let socket = fs::File::from_raw_fd(fd);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = index.cast_signed();
+        let length = size_of_val(&address) as u32;
+        if libc::bind(fd, (&raw const address).cast(), length) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(socket)
+    }
+}
+
 /// Gives a device an IPv4 address.
 ///
 /// # Errors
