@@ -9,6 +9,7 @@ pub mod injected;
 pub mod knob;
 pub mod libvirtd;
 pub mod many;
+pub mod maps;
 pub mod net;
 pub mod payload;
 pub mod prometheus;

@@ -284,7 +284,7 @@ fn program_name(id: u32) -> io::Result<String> {
     Ok(String::from_utf8_lossy(name).into_owned())
 }
 
-fn bpf<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
+pub(crate) fn bpf<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
     let (at, size) = (std::ptr::from_mut(attributes), size_of::<T>());
     // SAFETY: attributes as the command takes them; the kernel checks their size.
     let answer = unsafe { libc::syscall(libc::SYS_bpf, command, at, size) };
