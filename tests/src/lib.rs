@@ -20,4 +20,5 @@ pub mod taps;
 pub mod twin;
 pub mod vm_block;
 pub mod vm_cgroup;
+pub mod vm_requests;
 pub mod wait;

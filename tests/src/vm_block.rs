@@ -6,6 +6,7 @@
 //! what the system call, the interrupt and the way back to the process take, tenths of a
 //! millisecond on an emulated CPU beside the 2.5 ms of the disk.
 
+use crate::vm_requests;
 use anyhow::{Context, Result, bail, ensure};
 use formtune_agent::sense::Sense;
 use formtune_agent::sense::block::{LatencyTotals, OpTotals, SPAN};
@@ -20,7 +21,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The disk that xtask gives the machine.
-const DISK: &str = "vda";
+pub(crate) const DISK: &str = "vda";
 /// QEMU lets it do so many operations per second (`DISK` in xtask/src/test/kernels.rs)…
 const PER_SECOND: u64 = 400;
 /// …and a tenth of a second's worth at once after a pause (util/throttle.c).
@@ -83,7 +84,7 @@ pub fn main(arguments: &[String]) -> Result<()> {
 
 /// Has this process run before all others: the machine's CPUs are busy, and what it waits for
 /// one is not the disk's time.
-fn at_once() -> Result<()> {
+pub(crate) fn at_once() -> Result<()> {
     let parameters = nix::libc::sched_param { sched_priority: 1 };
     // SAFETY: a policy of its own process and a valid structure.
     let set =
@@ -92,8 +93,16 @@ fn at_once() -> Result<()> {
     Ok(())
 }
 
+/// What direct I/O reads into.
+#[derive(Clone)]
 #[repr(align(4096))]
-struct Page([u8; BLOCK]);
+pub(crate) struct Page(pub [u8; BLOCK]);
+
+impl Default for Page {
+    fn default() -> Self {
+        Self([0; BLOCK])
+    }
+}
 
 /// Not one after the other, so that nothing is merged or read ahead of time.
 fn place(i: u64) -> u64 {
@@ -102,7 +111,7 @@ fn place(i: u64) -> u64 {
 
 /// Reads, one after the other; what each took.
 fn read(disk: &File, thread: u64, reads: u64) -> Result<Vec<u64>> {
-    let mut page = Page([0; BLOCK]);
+    let mut page = Page::default();
     let mut times = Vec::with_capacity(reads as usize);
     for i in 0..reads {
         let start = Instant::now();
@@ -182,7 +191,7 @@ fn latency_is_known(before: &LatencyTotals, after: &LatencyTotals, done: &Done) 
 }
 
 /// A VM's requests on the disk, or the host's.
-fn totals(sense: &Sense, vm: Option<&Path>, op: u32) -> Result<OpTotals> {
+pub(crate) fn totals(sense: &Sense, vm: Option<&Path>, op: u32) -> Result<OpTotals> {
     let block = sense.block();
     let all = match vm {
         Some(vm) => block.totals(vm),
@@ -261,6 +270,9 @@ pub fn check(
     let queued = latency_is_known(&read.total, &after.total, &done)
         .with_context(|| format!("{DEPTH} at a time"))?;
 
+    let again = vm_requests::tried_again(sense, vm, procs, &mut now)?;
+    let own = vm_requests::drivers_own(sense, vm, procs, &mut now)?;
+
     set(settings[1])?;
     set(settings[2])?;
     load(procs, 1, 0, 1)?;
@@ -275,12 +287,14 @@ pub fn check(
         (after.total.count() - before.total.count(), after.device.count() - before.device.count());
     ensure!((total, device) == (READS, READS), "{total} and {device} times of {READS}");
     latency_is_known(&before.total, &after.total, &done).context("by the map")?;
+    let noted_again = vm_requests::tried_again(sense, vm, procs, &mut now).context("by the map")?;
     set(settings[0])?;
     let health = sense.block().health();
     ensure!(health.counters.full + health.counters.discarded == 0, "{health:?}");
     Ok(format!(
         "{READS} reads ({alone}; {DEPTH} at a time: {queued}), {WRITES} writes, {WRITES} flushes; {host} of the host's; \
-         {READS} by the map"
+         {READS} by the map; tried again {again} and, by the map, {noted_again} times; {own} \
+         commands of the driver's"
     ))
 }
 

@@ -11,8 +11,8 @@ use formtune_core::policy::Mode;
 use formtune_core::units::{Nanos, VmId, Weight};
 use formtune_tests::payload::{Agent, CONTENDED, Checks, Passed};
 use formtune_tests::retransmit;
-use formtune_tests::vm_block;
 use formtune_tests::wait::eventually;
+use formtune_tests::{vm_block, vm_requests};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::Signal;
 use nix::time::{ClockId, clock_gettime};
@@ -45,23 +45,12 @@ fn main() -> ExitCode {
             std::hint::spin_loop();
         },
         ["fill"] => fill(),
-        [first, ..] if first == vm_block::LOAD => {
-            return match vm_block::main(&arguments[1..]) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!("{error:#}");
-                    ExitCode::FAILURE
-                }
-            };
+        [vm_block::LOAD, ..] => return ended(vm_block::main(&arguments[1..])),
+        [vm_requests::CROWD | vm_requests::COMMANDS, ..] => {
+            return ended(vm_requests::main(&arguments));
         }
         ref words => {
-            return match retransmit::role(words) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!("{words:?}: {error:#}");
-                    ExitCode::FAILURE
-                }
-            };
+            return ended(retransmit::role(words).with_context(|| format!("{words:?}")));
         }
     }
     let mut checks = Checks::default();
@@ -111,6 +100,17 @@ fn main() -> ExitCode {
         Ok(format!("{set}; afterwards {:?}", weights()?))
     });
     checks.exit_code()
+}
+
+/// The end of a process with a task of its own.
+fn ended(task: Result<()>) -> ExitCode {
+    match task {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Spinning processes in VM-shaped cgroups; ended when dropped.
