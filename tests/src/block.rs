@@ -2,6 +2,7 @@
 
 use crate::vm_cgroup::VmCgroup;
 use formtune_agent::sense::cgroup::Hierarchies;
+use formtune_common::block::Counters;
 use serde::Deserialize;
 use std::fs;
 use std::io::ErrorKind;
@@ -114,6 +115,17 @@ impl Drop for LoopDevice {
         }
         let detached = Command::new("losetup").arg("--detach").arg(&self.path).status();
         debug_assert!(detached.is_ok_and(|status| status.success()));
+    }
+}
+
+/// Whose the times of the requests are that were counted between two states of the counters, none
+/// of them by a map: for the README's table of kernels.
+pub fn times(before: &Counters, after: &Counters) -> &'static str {
+    match (after.no_queued > before.no_queued, after.no_issued > before.no_issued) {
+        (false, false) => "the kernel's",
+        (true, false) => "noted when queued",
+        (false, true) => "noted when issued",
+        (true, true) => "noted",
     }
 }
 

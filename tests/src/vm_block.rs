@@ -6,6 +6,7 @@
 //! what the system call, the interrupt and the way back to the process take, tenths of a
 //! millisecond on an emulated CPU beside the 2.5 ms of the disk.
 
+use crate::block::times;
 use crate::vm_requests;
 use anyhow::{Context, Result, bail, ensure};
 use formtune_agent::sense::Sense;
@@ -203,6 +204,14 @@ pub(crate) fn totals(sense: &Sense, vm: Option<&Path>, op: u32) -> Result<OpTota
     Ok(found.map_or_else(OpTotals::default, |(_, totals)| totals.clone()))
 }
 
+/// What was seen.
+pub struct Seen {
+    /// All of it, in a sentence.
+    pub detail: String,
+    /// Whose the times are where the kernel keeps statistics of the disk, and where it does not.
+    pub times: [&'static str; 2],
+}
+
 /// Counts of a VM are exactly what its process did, those of a process outside are the host's,
 /// also where the kernel notes no times.
 ///
@@ -214,7 +223,7 @@ pub fn check(
     procs: &Path,
     outside: &Path,
     mut now: impl FnMut() -> Result<Nanos>,
-) -> Result<String> {
+) -> Result<Seen> {
     let settings = [("iostats", "1"), ("iostats", "0"), ("wbt_lat_usec", "0")];
     let set = |(setting, value): (&str, &str)| -> Result<()> {
         let path = format!("/sys/block/{DISK}/queue/{setting}");
@@ -224,6 +233,7 @@ pub fn check(
     sense.sample(now()?);
     let health = sense.block().health();
     ensure!(!health.notes, "times are noted although the kernel keeps them: {health:?}");
+    let before = health.counters;
 
     let done = load(procs, READS, WRITES, 1)?;
     sense.sample(now()?);
@@ -232,6 +242,7 @@ pub fn check(
     let counts = [read.requests, written.requests, flushed.requests];
     let health = sense.block().health();
     ensure!(counts == [READS, WRITES, WRITES], "counted {counts:?}, {health:?}");
+    let with_statistics = times(&before, &health.counters);
     let timed = [&read, &written, &flushed].map(|op| op.total.count());
     ensure!(timed == counts, "of {counts:?} requests {timed:?} have times");
     ensure!(
@@ -275,9 +286,11 @@ pub fn check(
 
     set(settings[1])?;
     set(settings[2])?;
+    let before = sense.block().health().counters;
     load(procs, 1, 0, 1)?;
     sense.sample(now()?);
     let health = sense.block().health();
+    let without = times(&before, &health.counters);
     ensure!(health.notes, "no times, and they are not noted: {health:?}");
     let before = totals(sense, Some(vm), READ)?;
     let done = load(procs, READS, 0, 1)?;
@@ -291,11 +304,12 @@ pub fn check(
     set(settings[0])?;
     let health = sense.block().health();
     ensure!(health.counters.full + health.counters.discarded == 0, "{health:?}");
-    Ok(format!(
+    let detail = format!(
         "{READS} reads ({alone}; {DEPTH} at a time: {queued}), {WRITES} writes, {WRITES} flushes; {host} of the host's; \
          {READS} by the map; tried again {again} and, by the map, {noted_again} times; {own} \
          commands of the driver's"
-    ))
+    );
+    Ok(Seen { detail, times: [with_statistics, without] })
 }
 
 fn device_of(sense: &Sense, vm: &Path) -> Result<u32> {

@@ -11,7 +11,8 @@ use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
 use formtune_common::block::{FLUSH, READ, WRITE};
 use formtune_common::histogram::upper_bound;
 use formtune_core::units::Nanos;
-use formtune_tests::block::{BlockVm, LoopDevice, fio};
+use formtune_tests::block::{BlockVm, LoopDevice, fio, times};
+use formtune_tests::payload::shown;
 use formtune_tests::vm_cgroup::VmCgroup;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -133,6 +134,7 @@ fn reads_are_counted_and_timed_as_the_kernel_does() {
     let (ours, other) = (BlockVm::new("ft-block-reads"), BlockVm::new("ft-block-other"));
     let device = LoopDevice::new();
     let mut bed = Bed::new(&[&ours, &other]);
+    let counters = bed.sense.block().health().counters;
     let path = ours.group.path();
     let mut last = OpTotals::default();
     let mut runs = Runs::default();
@@ -171,6 +173,8 @@ fn reads_are_counted_and_timed_as_the_kernel_does() {
     runs.check();
     assert_eq!(bed.totals(Some(other.group.path()), &device, READ), OpTotals::default());
     assert_eq!(bed.totals(Some(path), &device, WRITE), OpTotals::default());
+    let times = times(&counters, &bed.sense.block().health().counters);
+    shown("block", Some(&format!("yes, loop {times}")));
 }
 
 /// Reads that lie side by side and are submitted together are one request.
@@ -275,6 +279,7 @@ fn times_are_noted_where_requests_carry_none() {
     let vm = BlockVm::new("ft-block-notes");
     let device = LoopDevice::without_times();
     let mut bed = Bed::new(&[&vm]);
+    let counters = bed.sense.block().health().counters;
     fio(&device, Some(vm.procs()), READS);
     bed.sample();
     let path = vm.group.path();
@@ -302,6 +307,8 @@ fn times_are_noted_where_requests_carry_none() {
     }
     runs.check();
     assert_eq!(bed.sense.block().health().counters.not_noted, 0);
+    let times = times(&counters, &health.counters);
+    shown("block without times", Some(&format!("without `iostats` {times}")));
 }
 
 /// The standard error of a sum of `x` when one in 2^shift is looked at: each counts as much as

@@ -8,7 +8,7 @@ use formtune_core::units::{Nanos, VmId};
 use formtune_tests::agent::{Site, program};
 use formtune_tests::frames::Wire;
 use formtune_tests::net;
-use formtune_tests::payload::Agent;
+use formtune_tests::payload::{Agent, shown};
 use formtune_tests::taps::{self, TapGuest};
 use formtune_tests::twin::Twin;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
@@ -212,7 +212,9 @@ fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     let none = |counts: &Option<GuestCounts>| counts.as_ref().unwrap().taps.is_empty();
     let kept = sensing.until(limit, |s| s.guest(&busy.id()), none).unwrap();
     assert_eq!(kept.sent, counts.sent, "what was counted stays");
-    assert_eq!(sensing.sense.tcp_health().guest.taps, 0);
+    let health = sensing.sense.tcp_health().guest;
+    assert_eq!(health.taps, 0);
+    shown("retransmit", Some(&format!("yes, {}", health.method.name())));
 }
 
 /// One in four flows is followed, seen wholly and counted four times.

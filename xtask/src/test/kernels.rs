@@ -3,7 +3,7 @@
 //!
 //! The results go to `target/kernels.json` and, as the README's table, to standard output.
 
-use super::Count;
+use super::{Count, readme};
 use crate::vm::initramfs::{INIT_PAYLOAD, Initramfs};
 use crate::vm::kernel::{self, Kernel, Series};
 use crate::vm::run::{Ended, Machine, run as run_machine};
@@ -55,7 +55,7 @@ const COLUMNS: &[(&str, &[&str])] = &[
     ("closes the loop", &["closes the loop"]),
     ("restores after SIGKILL, on stop", &["restores after SIGKILL", "restores on stop"]),
     ("TCP, taps by", &["retransmit"]),
-    ("block I/O, times", &["block"]),
+    ("block I/O, times", &["block", "block without times"]),
     ("pressure", &["pressure"]),
 ];
 
@@ -96,8 +96,20 @@ pub fn run(kernels: &[Series]) -> Result<Count> {
     let path = sh::target().join("kernels.json");
     fs::write(&path, serde_json::to_vec_pretty(&all)?)
         .with_context(|| format!("failed to write {}", path.display()))?;
-    println!("{}", table(&all));
+    let table = table(&all);
+    println!("{table}");
+    count.add(readme::compare(&table)?);
     Ok(count)
+}
+
+/// Prints the row of this machine's own kernel, from what its tests printed.
+pub fn natively(output: &str) -> Result<Count> {
+    let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+    let series: Vec<&str> = release.split('.').take(2).collect();
+    let kernel = format!("{}, natively", series.join("."));
+    let table = table(&[Checked { kernel, seconds: 0.0, checks: checks(output)? }]);
+    println!("{table}");
+    readme::compare(&table)
 }
 
 /// The static programs.
@@ -270,15 +282,27 @@ mod tests {
              restores after SIGKILL, on stop | TCP, taps by | block I/O, times | pressure | \
              sings |\n\
              | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n\
-             | 5.10.0-32-cloud-amd64 | yes | – | 4.02 | – | –, yes | – | – | – | yes |\n\
-             | 7.3.4+deb13-cloud-amd64 | yes | – | **no** | – | –, – | – | – | – | – |"
+             | 5.10.0-32-cloud-amd64 | yes | – | 4.02 | – | –, yes | – | –, – | – | yes |\n\
+             | 7.3.4+deb13-cloud-amd64 | yes | – | **no** | – | –, – | – | –, – | – | – |"
         );
     }
 
-    /// Heading and columns of the README are those that are printed.
+    /// Heading and columns of the README are those that are printed; what is in them is
+    /// compared when it has been seen (`readme`).
     #[test]
     fn the_table_is_the_readmes() {
         let readme = std::fs::read_to_string(crate::sh::root().join("README.md")).unwrap();
-        assert!(readme.contains(&format!("\n{}\n| 5.10", table(&[]))), "{}", table(&[]));
+        let (_, rows) = readme.split_once(&format!("\n{}\n", table(&[]))).unwrap();
+        let rows: Vec<&str> = rows.lines().take_while(|line| line.starts_with('|')).collect();
+        let cells = table(&[]).lines().next().unwrap().matches('|').count();
+        for row in &rows {
+            assert_eq!(row.matches('|').count(), cells, "{row}");
+            // Nothing that was not reached.
+            assert!(!row.contains('–') && !row.contains("**no**"), "{row}");
+        }
+        for tested in ["| 5.10.", "| 6.1.", "| 6.12.", ", natively |"] {
+            assert_eq!(rows.iter().filter(|row| row.contains(tested)).count(), 1, "{tested}");
+        }
+        assert!(rows.len() >= 5, "{rows:?}");
     }
 }
