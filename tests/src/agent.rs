@@ -164,6 +164,14 @@ impl Agent {
         Ok(body)
     }
 
+    /// The value of one series in `/metrics`, e.g. `formtune_vms{a="b"}`; `None` if it is not
+    /// there.
+    pub fn metric(&self, series: &str) -> Result<Option<f64>> {
+        let text = self.get("/metrics")?;
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        Ok(line.map(str::parse).transpose()?)
+    }
+
     /// Status and body of an answer.
     pub fn status(&self, path: &str) -> Result<(u16, String)> {
         let mut stream = UnixStream::connect(&self.socket)?;

@@ -2,6 +2,7 @@
 
 use crate::vm_cgroup::VmCgroup;
 use formtune_agent::sense::cgroup::Hierarchies;
+use formtune_common::block::Counters;
 use serde::Deserialize;
 use std::fs;
 use std::io::ErrorKind;
@@ -60,9 +61,21 @@ impl LoopDevice {
     /// # Panics
     /// If it cannot be read.
     pub fn reads(&self) -> (u64, u64) {
+        let stat = self.stat();
+        (stat[0], stat[3])
+    }
+
+    /// How many reads the kernel merged into others, likewise.
+    ///
+    /// # Panics
+    /// If it cannot be read.
+    pub fn merged_reads(&self) -> u64 {
+        self.stat()[1]
+    }
+
+    fn stat(&self) -> Vec<u64> {
         let text = fs::read_to_string(format!("/sys/block/{}/stat", self.name())).unwrap();
-        let fields: Vec<u64> = text.split_whitespace().map(|v| v.parse().unwrap()).collect();
-        (fields[0], fields[3])
+        text.split_whitespace().map(|v| v.parse().unwrap()).collect()
     }
 
     /// One whose requests carry no times.
@@ -102,6 +115,17 @@ impl Drop for LoopDevice {
         }
         let detached = Command::new("losetup").arg("--detach").arg(&self.path).status();
         debug_assert!(detached.is_ok_and(|status| status.success()));
+    }
+}
+
+/// Whose the times of the requests are that were counted between two states of the counters, none
+/// of them by a map: for the README's table of kernels.
+pub fn times(before: &Counters, after: &Counters) -> &'static str {
+    match (after.no_queued > before.no_queued, after.no_issued > before.no_issued) {
+        (false, false) => "the kernel's",
+        (true, false) => "noted when queued",
+        (false, true) => "noted when issued",
+        (true, true) => "noted",
     }
 }
 

@@ -1,9 +1,12 @@
 //! Network of a test's own: a namespace, a lossy receiver, tap devices and frames.
 
+use nix::errno::Errno;
 use nix::libc;
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// Puts the calling thread, and what it starts from now on, into a network namespace of its
@@ -81,6 +84,30 @@ pub fn lasting_tap(name: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// What sends whole frames out of a device, as the host does to a guest: one per `write`.
+///
+/// # Errors
+/// Those of `socket` and `bind`.
+pub fn sender(device: &str) -> io::Result<fs::File> {
+    let index = nix::net::if_::if_nametoindex(device)?;
+    // SAFETY: system calls; the descriptor is a new one, the address plain numbers.
+    unsafe {
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let socket = fs::File::from_raw_fd(fd);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = index.cast_signed();
+        let length = size_of_val(&address) as u32;
+        if libc::bind(fd, (&raw const address).cast(), length) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(socket)
+    }
+}
+
 /// Gives a device an IPv4 address.
 ///
 /// # Errors
@@ -131,6 +158,41 @@ pub fn drop_some(socket: &impl AsRawFd, share: u16) -> io::Result<()> {
         )
     };
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A socket that connects and hears no answer; does not wait for one.
+///
+/// # Errors
+/// Those of the system calls.
+pub fn deaf_caller(address: SocketAddr) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let caller = socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
+    drop_some(&caller, u16::MAX)?;
+    match connect(caller.as_raw_fd(), &SockaddrStorage::from(address)) {
+        Err(Errno::EINPROGRESS) => Ok(caller),
+        done => Err(io::Error::other(format!("not in progress: {done:?}"))),
+    }
+}
+
+/// How many segments a socket has sent again (`tcpi_total_retrans`).
+///
+/// # Errors
+/// Those of `getsockopt`.
+pub fn sent_again(socket: &impl AsRawFd) -> io::Result<u64> {
+    // SAFETY: plain numbers.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as u32;
+    // SAFETY: an option of at most that size.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    if got < 0 { Err(io::Error::last_os_error()) } else { Ok(info.tcpi_total_retrans.into()) }
 }
 
 /// Limits a socket's segments to `bytes` of payload.
@@ -222,7 +284,7 @@ fn program_name(id: u32) -> io::Result<String> {
     Ok(String::from_utf8_lossy(name).into_owned())
 }
 
-fn bpf<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
+pub(crate) fn bpf<T>(command: i32, attributes: &mut T) -> io::Result<i32> {
     let (at, size) = (std::ptr::from_mut(attributes), size_of::<T>());
     // SAFETY: attributes as the command takes them; the kernel checks their size.
     let answer = unsafe { libc::syscall(libc::SYS_bpf, command, at, size) };

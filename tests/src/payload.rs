@@ -69,15 +69,24 @@ impl Checks {
             self.failed += 1;
             format!("{error:#}").into()
         });
-        let line =
-            serde_json::json!({ "check": name, "ok": ok, "detail": detail, "figure": figure });
-        println!("CHECK {line}");
+        println!("{}", line(name, ok, &detail, figure.as_deref()));
     }
 
     /// 0 when all passed.
     pub fn exit_code(self) -> ExitCode {
         if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
+}
+
+/// Says what a test has shown, for the README's table of kernels: `cargo xtask test --only
+/// native` reads it as it reads [`Checks`].
+pub fn shown(check: &str, figure: Option<&str>) {
+    println!("{}", line(check, true, "", figure));
+}
+
+fn line(check: &str, ok: bool, detail: &str, figure: Option<&str>) -> String {
+    let line = serde_json::json!({ "check": check, "ok": ok, "detail": detail, "figure": figure });
+    format!("CHECK {line}")
 }
 
 /// A running `formtune run`. Killed when dropped.

@@ -6,6 +6,8 @@
 //! what the system call, the interrupt and the way back to the process take, tenths of a
 //! millisecond on an emulated CPU beside the 2.5 ms of the disk.
 
+use crate::block::times;
+use crate::vm_requests;
 use anyhow::{Context, Result, bail, ensure};
 use formtune_agent::sense::Sense;
 use formtune_agent::sense::block::{LatencyTotals, OpTotals, SPAN};
@@ -20,7 +22,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The disk that xtask gives the machine.
-const DISK: &str = "vda";
+pub(crate) const DISK: &str = "vda";
 /// QEMU lets it do so many operations per second (`DISK` in xtask/src/test/kernels.rs)…
 const PER_SECOND: u64 = 400;
 /// …and a tenth of a second's worth at once after a pause (util/throttle.c).
@@ -83,7 +85,7 @@ pub fn main(arguments: &[String]) -> Result<()> {
 
 /// Has this process run before all others: the machine's CPUs are busy, and what it waits for
 /// one is not the disk's time.
-fn at_once() -> Result<()> {
+pub(crate) fn at_once() -> Result<()> {
     let parameters = nix::libc::sched_param { sched_priority: 1 };
     // SAFETY: a policy of its own process and a valid structure.
     let set =
@@ -92,8 +94,16 @@ fn at_once() -> Result<()> {
     Ok(())
 }
 
+/// What direct I/O reads into.
+#[derive(Clone)]
 #[repr(align(4096))]
-struct Page([u8; BLOCK]);
+pub(crate) struct Page(pub [u8; BLOCK]);
+
+impl Default for Page {
+    fn default() -> Self {
+        Self([0; BLOCK])
+    }
+}
 
 /// Not one after the other, so that nothing is merged or read ahead of time.
 fn place(i: u64) -> u64 {
@@ -102,7 +112,7 @@ fn place(i: u64) -> u64 {
 
 /// Reads, one after the other; what each took.
 fn read(disk: &File, thread: u64, reads: u64) -> Result<Vec<u64>> {
-    let mut page = Page([0; BLOCK]);
+    let mut page = Page::default();
     let mut times = Vec::with_capacity(reads as usize);
     for i in 0..reads {
         let start = Instant::now();
@@ -182,7 +192,7 @@ fn latency_is_known(before: &LatencyTotals, after: &LatencyTotals, done: &Done) 
 }
 
 /// A VM's requests on the disk, or the host's.
-fn totals(sense: &Sense, vm: Option<&Path>, op: u32) -> Result<OpTotals> {
+pub(crate) fn totals(sense: &Sense, vm: Option<&Path>, op: u32) -> Result<OpTotals> {
     let block = sense.block();
     let all = match vm {
         Some(vm) => block.totals(vm),
@@ -192,6 +202,14 @@ fn totals(sense: &Sense, vm: Option<&Path>, op: u32) -> Result<OpTotals> {
     let found =
         all.into_iter().find(|((device, of), _)| *of == op && block.device(*device) == DISK);
     Ok(found.map_or_else(OpTotals::default, |(_, totals)| totals.clone()))
+}
+
+/// What was seen.
+pub struct Seen {
+    /// All of it, in a sentence.
+    pub detail: String,
+    /// Whose the times are where the kernel keeps statistics of the disk, and where it does not.
+    pub times: [&'static str; 2],
 }
 
 /// Counts of a VM are exactly what its process did, those of a process outside are the host's,
@@ -205,7 +223,7 @@ pub fn check(
     procs: &Path,
     outside: &Path,
     mut now: impl FnMut() -> Result<Nanos>,
-) -> Result<String> {
+) -> Result<Seen> {
     let settings = [("iostats", "1"), ("iostats", "0"), ("wbt_lat_usec", "0")];
     let set = |(setting, value): (&str, &str)| -> Result<()> {
         let path = format!("/sys/block/{DISK}/queue/{setting}");
@@ -215,6 +233,7 @@ pub fn check(
     sense.sample(now()?);
     let health = sense.block().health();
     ensure!(!health.notes, "times are noted although the kernel keeps them: {health:?}");
+    let before = health.counters;
 
     let done = load(procs, READS, WRITES, 1)?;
     sense.sample(now()?);
@@ -223,6 +242,7 @@ pub fn check(
     let counts = [read.requests, written.requests, flushed.requests];
     let health = sense.block().health();
     ensure!(counts == [READS, WRITES, WRITES], "counted {counts:?}, {health:?}");
+    let with_statistics = times(&before, &health.counters);
     let timed = [&read, &written, &flushed].map(|op| op.total.count());
     ensure!(timed == counts, "of {counts:?} requests {timed:?} have times");
     ensure!(
@@ -261,11 +281,16 @@ pub fn check(
     let queued = latency_is_known(&read.total, &after.total, &done)
         .with_context(|| format!("{DEPTH} at a time"))?;
 
+    let again = vm_requests::tried_again(sense, vm, procs, &mut now)?;
+    let own = vm_requests::drivers_own(sense, vm, procs, &mut now)?;
+
     set(settings[1])?;
     set(settings[2])?;
+    let before = sense.block().health().counters;
     load(procs, 1, 0, 1)?;
     sense.sample(now()?);
     let health = sense.block().health();
+    let without = times(&before, &health.counters);
     ensure!(health.notes, "no times, and they are not noted: {health:?}");
     let before = totals(sense, Some(vm), READ)?;
     let done = load(procs, READS, 0, 1)?;
@@ -275,13 +300,16 @@ pub fn check(
         (after.total.count() - before.total.count(), after.device.count() - before.device.count());
     ensure!((total, device) == (READS, READS), "{total} and {device} times of {READS}");
     latency_is_known(&before.total, &after.total, &done).context("by the map")?;
+    let noted_again = vm_requests::tried_again(sense, vm, procs, &mut now).context("by the map")?;
     set(settings[0])?;
     let health = sense.block().health();
     ensure!(health.counters.full + health.counters.discarded == 0, "{health:?}");
-    Ok(format!(
+    let detail = format!(
         "{READS} reads ({alone}; {DEPTH} at a time: {queued}), {WRITES} writes, {WRITES} flushes; {host} of the host's; \
-         {READS} by the map"
-    ))
+         {READS} by the map; tried again {again} and, by the map, {noted_again} times; {own} \
+         commands of the driver's"
+    );
+    Ok(Seen { detail, times: [with_statistics, without] })
 }
 
 fn device_of(sense: &Sense, vm: &Path) -> Result<u32> {

@@ -5,6 +5,7 @@ use formtune_core::plan::{OutcomeResult, Setpoint};
 use formtune_core::policy::Mode;
 use formtune_core::units::Weight;
 use formtune_tests::knob::{KnobCgroup, setpoint};
+use formtune_tests::payload::shown;
 use std::fs;
 use std::path::Path;
 
@@ -50,6 +51,7 @@ fn applies_and_restores_the_raw_original() {
     assert_eq!(knob.raw(), 1000);
     assert_eq!(act.original(&knob.vm().id), None);
     assert_eq!(act.restore_all().knobs, []);
+    shown("acts", None);
 }
 
 #[test]

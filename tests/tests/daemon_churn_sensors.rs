@@ -1,10 +1,12 @@
 //! `formtune run` with all of its sensors at work while VMs come and go: what each holds for a
 //! VM (slot, rows, places, cgroups in the tables) goes with it.
 
+use formtune_common::block::HOST;
 use formtune_tests::agent::{Agent, Site};
 use formtune_tests::block::LoopDevice;
 use formtune_tests::footprint::{Footprint, no_stale_watch};
 use formtune_tests::many::Folder;
+use formtune_tests::maps::{self, Entry};
 use formtune_tests::net;
 use formtune_tests::vm_cgroup::Member;
 use formtune_tests::wait::until;
@@ -73,6 +75,7 @@ fn five_hundred_starts_and_stops_leave_every_sensor_as_it_was() {
         assert_eq!(node[of][what], 0, "{of}.{what}");
     }
     assert_eq!(node["block"]["counters"]["full"], 0);
+    assert_eq!(of_vms(&agent), [vec![0; TABLES], vec![0; TABLES], vec![0]]);
     let after = footprint();
     println!("after {VMS} starts and stops: {after:?}, after {WARM_UP}: {before:?}");
     after.has_not_grown_since(&before);
@@ -108,6 +111,12 @@ fn round(agent: &Agent, folder: &Folder, device: &Path, address: SocketAddr, fir
         std::thread::sleep(Duration::from_millis(50));
         counted = measured(agent);
     }
+    // Run queue, block, host's TCP: a cgroup each at least; a device each.
+    let [tables, spills, rows] = of_vms(agent);
+    let known: Vec<usize> =
+        tables.iter().zip(&spills).map(|(table, spill)| table + spill).collect();
+    assert!(known.len() == TABLES && known.iter().all(|known| *known >= ROUND), "{known:?}");
+    assert!(rows[0] >= 2 * ROUND, "{} rows for reads and writes of {ROUND} VMs", rows[0]);
     drop(members);
     vms.iter().for_each(|vm| folder.remove(vm));
     until(LIMIT, "end of the 50 VMs in /metrics", || {
@@ -152,6 +161,21 @@ fn measured(agent: &Agent) -> [usize; 4] {
         count(|vm| vm["tcp"]["host"]["retransmitted"].as_u64() > Some(0)),
         count(|vm| vm["tcp"]["guest"]["taps"].as_array().is_some_and(|taps| taps.len() == 1)),
     ]
+}
+
+/// Probes that tell VMs apart by a table: run queue, block, host's TCP, tap devices.
+const TABLES: usize = 4;
+
+/// What the kernel's maps hold of VMs: cgroups and devices in each `TABLE` and each `SPILL`, and
+/// keys that lead to a row of the block probe's, but for the host's.
+fn of_vms(agent: &Agent) -> [Vec<usize>; 3] {
+    let held = |name: &str, of_vm: fn(&Entry) -> bool| {
+        let maps = maps::named(agent.pid(), name).unwrap();
+        maps.iter().map(|map| map.iter().filter(|entry| of_vm(entry)).count()).collect()
+    };
+    // `formtune_common::block::Key` begins with whose it is.
+    let whose = |(key, _): &Entry| key[..4] != HOST.to_ne_bytes();
+    [held("TABLE", |_| true), held("SPILL", |_| true), held("ROW_OF", whose)]
 }
 
 fn get(agent: &Agent, path: &str) -> Value {

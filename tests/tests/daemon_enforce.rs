@@ -4,6 +4,7 @@
 use formtune_agent::act::inspect;
 use formtune_tests::agent::{Site, with_mounted};
 use formtune_tests::contention::Contention;
+use formtune_tests::payload::shown;
 use formtune_tests::wait::until;
 use nix::sys::signal::Signal;
 use std::time::Duration;
@@ -31,6 +32,8 @@ fn every_signal_to_stop_brings_the_originals_back() {
         assert_eq!(contention.raw(), originals, "{signal}: {}", site.log());
         assert!(!site.path().join("formtune.sock").exists(), "{signal}");
     }
+    shown("closes the loop", None);
+    shown("restores on stop", None);
 }
 
 #[test]
@@ -54,6 +57,7 @@ fn after_a_kill_the_next_start_or_restore_brings_the_originals_back() {
         }
         assert_eq!(contention.raw(), originals, "{}", site.log());
     }
+    shown("restores after SIGKILL", None);
 }
 
 /// A hundred agents in a row, each killed at another moment of its life; what it left is put

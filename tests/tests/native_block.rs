@@ -11,7 +11,8 @@ use formtune_agent::sense::{ProbeState, Sense, SenseConfig};
 use formtune_common::block::{FLUSH, READ, WRITE};
 use formtune_common::histogram::upper_bound;
 use formtune_core::units::Nanos;
-use formtune_tests::block::{BlockVm, LoopDevice, fio};
+use formtune_tests::block::{BlockVm, LoopDevice, fio, times};
+use formtune_tests::payload::shown;
 use formtune_tests::vm_cgroup::VmCgroup;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -33,6 +34,21 @@ const MANY: &[&str] = &[
     "--iodepth=16",
     "--number_ios=50000",
     "--io_size=10g",
+];
+/// Reads in one request of [`FOURS`].
+const FOUR: u64 = 4;
+/// Always four side by side at once (of fewer the kernel makes no batch), and nothing else before
+/// all are done.
+const FOURS: &[&str] = &[
+    "--bs=4k",
+    "--rw=read",
+    "--ioengine=io_uring",
+    "--iodepth=4",
+    "--iodepth_batch_submit=4",
+    "--iodepth_batch_complete_min=4",
+    "--iodepth_batch_complete_max=4",
+    "--number_ios=2000",
+    "--io_size=1g",
 ];
 /// Large ones, one after the other, so that what they take is the device's time.
 const LARGE: &[&str] =
@@ -118,6 +134,7 @@ fn reads_are_counted_and_timed_as_the_kernel_does() {
     let (ours, other) = (BlockVm::new("ft-block-reads"), BlockVm::new("ft-block-other"));
     let device = LoopDevice::new();
     let mut bed = Bed::new(&[&ours, &other]);
+    let counters = bed.sense.block().health().counters;
     let path = ours.group.path();
     let mut last = OpTotals::default();
     let mut runs = Runs::default();
@@ -156,6 +173,35 @@ fn reads_are_counted_and_timed_as_the_kernel_does() {
     runs.check();
     assert_eq!(bed.totals(Some(other.group.path()), &device, READ), OpTotals::default());
     assert_eq!(bed.totals(Some(path), &device, WRITE), OpTotals::default());
+    let times = times(&counters, &bed.sense.block().health().counters);
+    shown("block", Some(&format!("yes, loop {times}")));
+}
+
+/// Reads that lie side by side and are submitted together are one request.
+#[test]
+fn what_the_kernel_merges_counts_once() {
+    let vm = BlockVm::new("ft-block-merged");
+    let device = LoopDevice::new();
+    device.set("nomerges", "0");
+    let mut bed = Bed::new(&[&vm]);
+    let mut runs = Runs::default();
+    let counted = |bed: &Bed| {
+        let requests = bed.totals(Some(vm.group.path()), &device, READ).requests;
+        (requests, bed.sense.block().health().counters.merged)
+    };
+    while runs.open() {
+        let (before, kernel) = (counted(&bed), (device.reads().0, device.merged_reads()));
+        let job = fio(&device, Some(vm.procs()), FOURS);
+        bed.sample();
+        let (after, all) = (counted(&bed), job.read.total_ios);
+        let kernel = (device.reads().0 - kernel.0, device.merged_reads() - kernel.1);
+        println!("fio: {all} reads; kernel: {kernel:?}, counted: {after:?} after {before:?}");
+        assert_eq!(kernel, (all / FOUR, all - all / FOUR), "requests, and reads merged");
+        runs.add(after.0 - before.0, kernel.0);
+        // Those of other devices are among them.
+        assert!(after.1 - before.1 >= after.0 - before.0, "not all of the requests were merged");
+    }
+    runs.check();
 }
 
 /// fio's time holds ours, and what it takes fio to get a CPU again: on a machine with other
@@ -233,6 +279,7 @@ fn times_are_noted_where_requests_carry_none() {
     let vm = BlockVm::new("ft-block-notes");
     let device = LoopDevice::without_times();
     let mut bed = Bed::new(&[&vm]);
+    let counters = bed.sense.block().health().counters;
     fio(&device, Some(vm.procs()), READS);
     bed.sample();
     let path = vm.group.path();
@@ -260,6 +307,8 @@ fn times_are_noted_where_requests_carry_none() {
     }
     runs.check();
     assert_eq!(bed.sense.block().health().counters.not_noted, 0);
+    let times = times(&counters, &health.counters);
+    shown("block without times", Some(&format!("without `iostats` {times}")));
 }
 
 /// The standard error of a sum of `x` when one in 2^shift is looked at: each counts as much as

@@ -10,7 +10,7 @@ use formtune_tests::agent::Site;
 use formtune_tests::frames::Wire;
 use formtune_tests::net;
 use formtune_tests::taps::{self, TapGuest, tc};
-use formtune_tests::vm_cgroup::VmCgroup;
+use formtune_tests::vm_cgroup::{VmCgroup, remove_with_all_below};
 use formtune_tests::wait::until;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -113,13 +113,16 @@ fn a_device_that_is_let_go_is_as_it_was() {
     let mut sensing = Sensing::open(&[&vm], 64);
     sensing.until_taps((1, 0));
     // The process leaves the VM's cgroup, the device stays.
-    let outside = stays.parent().unwrap().join("cgroup.procs");
-    std::fs::write(outside, guest.id().to_string()).unwrap();
+    let outside = stays.parent().unwrap();
+    std::fs::write(outside.join("cgroup.procs"), guest.id().to_string()).unwrap();
     drop(vm);
     sensing.until_taps((0, 0));
     assert_eq!((taps::our_filters("ft-a"), taps::has_clsact("ft-a")), (0, false));
     send_segments(&mut guest, 1);
     guest.end();
+    // It was in use when the VM's other cgroups went.
+    remove_with_all_below(outside);
+    assert!(!outside.exists());
 }
 
 /// What was there before stays, sees every packet that it saw, and hides none from the agent.

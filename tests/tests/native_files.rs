@@ -5,6 +5,7 @@ use formtune_agent::sense::cgroup::Hierarchies;
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig, VmFiles};
 use formtune_agent::vm::CgroupVersion;
 use formtune_core::units::Nanos;
+use formtune_tests::payload;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -144,6 +145,7 @@ fn pressure_is_that_of_the_vms_group() {
     println!("stalled {stalled} µs: {:?}; node: {:?}", files.pressure, sense.pressure());
     let node = sense.pressure().cpu.unwrap().some.unwrap();
     assert!(node.total_us >= stalled, "the node stalls whenever one of its VMs does");
+    payload::shown("pressure", None);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use formtune_agent::sense::{ProbeState, Reading, Sense, SenseConfig};
 use formtune_common::histogram::lower_bound;
 use formtune_core::sample::{HeldInterval, RunqInterval};
 use formtune_core::units::{Nanos, VmId};
+use formtune_tests::payload::shown;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -133,6 +134,8 @@ fn pinned_threads_agree_with_run_delay() {
     assert!(pcount > SWITCHES, "{pcount} switches are no load");
     assert!(within(count, pcount, 0.05), "{count} waits, pcount {pcount}");
     assert!(within(wait, delay, 0.05), "{wait} ns, run_delay {delay} ns");
+    shown("loads", None);
+    shown("attributes", None);
 }
 
 /// A wait split by a migration between CPUs is counted from its second part only:

@@ -8,7 +8,7 @@ use formtune_core::units::{Nanos, VmId};
 use formtune_tests::agent::{Site, program};
 use formtune_tests::frames::Wire;
 use formtune_tests::net;
-use formtune_tests::payload::Agent;
+use formtune_tests::payload::{Agent, shown};
 use formtune_tests::taps::{self, TapGuest};
 use formtune_tests::twin::Twin;
 use formtune_tests::vm_cgroup::{Member, VmCgroup};
@@ -16,7 +16,8 @@ use formtune_tests::wait::until;
 use nix::sys::signal::Signal;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 struct Sensing {
@@ -120,6 +121,52 @@ fn what_the_host_sends_again_is_counted_for_the_vm_whose_socket_it_is() {
     assert_eq!(sensing.host(&idle.id()), Some(HostCounts::default()));
 }
 
+/// A listener's answers that nobody hears are sent again; those are SYN-ACKs of the VM whose
+/// listener it is, in the kernel's count like all other segments.
+#[test]
+fn syn_acks_that_are_sent_again_are_the_listeners() {
+    const CALLERS: usize = 20;
+    net::own_namespace().unwrap();
+    let (busy, idle) = (VmCgroup::new("ft-ack-busy"), VmCgroup::new("ft-ack-idle"));
+    let (busy_twin, _idle_twin) = (Twin::of(&busy), Twin::of(&idle));
+    let mut sensing = Sensing::open(&[&busy, &idle]);
+    sensing.until(Duration::from_secs(2), |s| s.host(&busy.id()), Option::is_some);
+    let (mut go, mut say) =
+        nix::unistd::pipe().map(|(r, w)| (File::from(r), File::from(w))).unwrap();
+    // Nobody else is in this namespace.
+    let address = SocketAddr::from(([127, 0, 0, 1], 4_000));
+    let server = Member::start(&busy, "emulator", None, || {
+        // Until it is where it belongs in every hierarchy.
+        let _ = go.read(&mut [0]);
+        let Ok(_listener) = TcpListener::bind(address) else { return };
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    });
+    busy_twin.take(server.id());
+    say.write_all(&[1]).unwrap();
+    until(Duration::from_secs(10), "listener", || TcpStream::connect(address).ok());
+    let before = net::retransmitted_segments().unwrap();
+    let callers: Vec<OwnedFd> = (0..CALLERS).map(|_| net::deaf_caller(address).unwrap()).collect();
+    let many = |counts: &Option<HostCounts>| counts.unwrap().syn_acks >= CALLERS as u64;
+    sensing.until(Duration::from_secs(20), |s| s.host(&busy.id()), many);
+    // They call again, too, which is not the listener's. Asked while nothing is sent again.
+    let sent_again = || {
+        let calls = callers.iter().map(|caller| net::sent_again(caller).unwrap()).sum::<u64>();
+        (net::retransmitted_segments().unwrap() - before, calls)
+    };
+    let ((kernel, calls), counted) = until(Duration::from_secs(20), "quiet moment", || {
+        let all = sent_again();
+        std::thread::sleep(Duration::from_millis(50));
+        let counted = sensing.host(&busy.id()).unwrap();
+        (sent_again() == all).then_some((all, counted))
+    });
+    println!("kernel {kernel}, {calls} of them calls; {counted:?}");
+    let answers = kernel - calls;
+    assert_eq!(counted, HostCounts { retransmitted: answers, syn_acks: answers });
+    assert_eq!(sensing.host(&idle.id()), Some(HostCounts::default()));
+}
+
 #[test]
 fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     net::own_namespace().unwrap();
@@ -165,7 +212,9 @@ fn what_a_guest_sends_again_is_recognised_on_its_tap() {
     let none = |counts: &Option<GuestCounts>| counts.as_ref().unwrap().taps.is_empty();
     let kept = sensing.until(limit, |s| s.guest(&busy.id()), none).unwrap();
     assert_eq!(kept.sent, counts.sent, "what was counted stays");
-    assert_eq!(sensing.sense.tcp_health().guest.taps, 0);
+    let health = sensing.sense.tcp_health().guest;
+    assert_eq!(health.taps, 0);
+    shown("retransmit", Some(&format!("yes, {}", health.method.name())));
 }
 
 /// One in four flows is followed, seen wholly and counted four times.

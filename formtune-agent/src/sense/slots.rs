@@ -122,9 +122,10 @@ impl Slots {
 
     /// Sets the cgroups of a VM.
     pub fn regroup(&mut self, slot: &mut Slot, ids: &BTreeSet<u64>) {
+        let number = slot.number().unwrap_or(UNMEASURED);
         for id in slot.counted.difference(ids).copied().collect::<Vec<_>>() {
             slot.counted.remove(&id);
-            self.forget(id);
+            self.forget(id, number);
         }
         slot.ids.clone_from(ids);
     }
@@ -167,7 +168,7 @@ impl Slots {
         self.free.remove(&number);
         // Known to be no slot's until now.
         for id in std::mem::take(&mut slot.counted) {
-            self.forget(id);
+            self.forget(id, UNMEASURED);
         }
     }
 
@@ -194,8 +195,9 @@ impl Slots {
 
     /// Takes a VM's cgroups out of the table; its slot rests.
     pub fn release(&mut self, slot: Slot, now: Nanos) {
+        let number = slot.number().unwrap_or(UNMEASURED);
         for id in slot.counted {
-            self.forget(id);
+            self.forget(id, number);
         }
         if let Some((number, reader)) = slot.reader {
             self.resting.push_back((now, number, reader.into_rows()));
@@ -256,9 +258,9 @@ impl Slots {
         }
     }
 
-    fn forget(&mut self, id: u64) {
+    fn forget(&mut self, id: u64, slot: u32) {
         if let Some(probe) = &mut self.probe
-            && let Err(error) = self.table.remove(&mut probe.cgroups, id)
+            && let Err(error) = self.table.remove(&mut probe.cgroups, id, slot)
         {
             tracing::warn!("cgroup {id} may be counted on: {error}");
         }

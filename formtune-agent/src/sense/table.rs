@@ -45,7 +45,8 @@ impl Table {
         self.spilled
     }
 
-    /// Has the probe count `cgroup_id` for `slot`.
+    /// Has the probe count `cgroup_id` for `slot`, and for no other from now on: if another had
+    /// it, that one's cgroup is gone, which is not yet known, and its id was given again.
     ///
     /// # Errors
     /// If a map cannot be written (full); nothing is changed then.
@@ -56,13 +57,21 @@ impl Table {
         slot: u32,
     ) -> Result<(), M::Error> {
         let index = (cgroup_id & self.mask) as u32;
-        let place = self.places.get(&index);
-        match place.and_then(|place| place.first()).copied() {
-            None => maps.set(index, TableEntry { cgroup_id, slot, spilled: 0 })?,
-            Some((first, _)) if place.is_some_and(|p| p.iter().any(|c| c.0 == cgroup_id)) => {
-                debug_assert!(first != 0, "no cgroup has the id 0");
-                return Ok(());
+        debug_assert!(cgroup_id != 0, "no cgroup has the id 0");
+        if let Some(place) = self.places.get_mut(&index)
+            && let Some(at) = place.iter().position(|c| c.0 == cgroup_id)
+        {
+            let spilled = u32::from(place.len() > 1);
+            match at {
+                _ if place[at].1 == slot => {}
+                0 => maps.set(index, TableEntry { cgroup_id, slot, spilled })?,
+                _ => maps.spill(cgroup_id, slot)?,
             }
+            place[at].1 = slot;
+            return Ok(());
+        }
+        match self.places.get(&index).and_then(|place| place.first()).copied() {
+            None => maps.set(index, TableEntry { cgroup_id, slot, spilled: 0 })?,
             Some((first, first_slot)) => {
                 maps.spill(cgroup_id, slot)?;
                 let marked = TableEntry { cgroup_id: first, slot: first_slot, spilled: 1 };
@@ -78,14 +87,21 @@ impl Table {
         Ok(())
     }
 
-    /// Has the probe forget `cgroup_id`.
+    /// Has the probe forget `cgroup_id`, unless it is another's than `slot`'s by now.
     ///
     /// # Errors
     /// If a map cannot be written; the mirror forgets it all the same.
-    pub fn remove<M: TableMaps>(&mut self, maps: &mut M, cgroup_id: u64) -> Result<(), M::Error> {
+    pub fn remove<M: TableMaps>(
+        &mut self,
+        maps: &mut M,
+        cgroup_id: u64,
+        slot: u32,
+    ) -> Result<(), M::Error> {
         let index = (cgroup_id & self.mask) as u32;
         let Some(place) = self.places.get_mut(&index) else { return Ok(()) };
-        let Some(at) = place.iter().position(|c| c.0 == cgroup_id) else { return Ok(()) };
+        let Some(at) = place.iter().position(|c| *c == (cgroup_id, slot)) else {
+            return Ok(());
+        };
         place.remove(at);
         self.len -= 1;
         let heir = place.first().copied();
@@ -125,7 +141,7 @@ mod tests {
             Ok(())
         }
         fn spill(&mut self, cgroup_id: u64, slot: u32) -> Result<(), ()> {
-            if self.spill.len() >= self.room {
+            if self.spill.len() >= self.room && !self.spill.contains_key(&cgroup_id) {
                 return Err(());
             }
             self.spill.insert(cgroup_id, slot);
@@ -151,9 +167,11 @@ mod tests {
     }
 
     proptest! {
+        /// An id that comes again without having been removed is its new owner's, whenever the
+        /// old one lets go of it.
         #[test]
-        fn the_probe_finds_what_was_inserted_and_nothing_else(
-            steps in proptest::collection::vec((1u64..40, 0u32..9, any::<bool>()), 0..120),
+        fn the_probe_finds_what_was_inserted_last_and_nothing_else(
+            steps in proptest::collection::vec((1u64..40, 0u32..3, any::<bool>()), 0..120),
             room in 0usize..20,
         ) {
             let mut maps = Maps { room, ..Maps::default() };
@@ -161,10 +179,12 @@ mod tests {
             let mut expected: BTreeMap<u64, u32> = BTreeMap::new();
             for (id, slot, insert) in steps {
                 if !insert {
-                    prop_assert_eq!(table.remove(&mut maps, id), Ok(()));
-                    expected.remove(&id);
+                    prop_assert_eq!(table.remove(&mut maps, id, slot), Ok(()));
+                    if expected.get(&id) == Some(&slot) {
+                        expected.remove(&id);
+                    }
                 } else if table.insert(&mut maps, id, slot).is_ok() {
-                    expected.entry(id).or_insert(slot);
+                    expected.insert(id, slot);
                 }
                 for id in 1..40 {
                     prop_assert_eq!(maps.slot(id), expected.get(&id).copied());
@@ -172,8 +192,8 @@ mod tests {
                 prop_assert_eq!(table.len() as usize, expected.len());
                 prop_assert_eq!(table.spilled() as usize, maps.spill.len());
             }
-            for id in expected.into_keys() {
-                prop_assert_eq!(table.remove(&mut maps, id), Ok(()));
+            for (id, slot) in expected {
+                prop_assert_eq!(table.remove(&mut maps, id, slot), Ok(()));
             }
             prop_assert!(maps.spill.is_empty() && table.places.is_empty());
             prop_assert!(maps.table.values().all(|entry| *entry == TableEntry::default()));

@@ -137,6 +137,15 @@ impl Binaries {
             .with_context(|| format!("{ROOT_TESTS} has no test {name}"))
     }
 
+    /// What those that `choose` takes printed when they last ran.
+    ///
+    /// # Errors
+    /// When one did not.
+    pub fn output(&self, choose: fn(&Binary) -> bool) -> Result<String> {
+        let chosen = self.tests.iter().filter(|binary| choose(binary));
+        chosen.map(|binary| run_log(&binary.log_name())).collect()
+    }
+
     /// Runs those that `choose` takes; doc tests go with the unit tests.
     pub fn run(&self, tier: Tier, choose: fn(&Binary) -> bool) -> Result<Count> {
         self.run_with(tier, choose, &[])
@@ -158,8 +167,11 @@ impl Binaries {
                 // Root tests change the machine: one after the other.
                 command.arg("--test-threads=1");
             }
-            let name = format!("{}-{}", binary.package, binary.name);
-            count.add(run_tests(&name, &mut command)?);
+            if tier == Tier::Native {
+                // What they have seen is wanted, too: `Binaries::output`.
+                command.arg("--show-output");
+            }
+            count.add(run_tests(&binary.log_name(), &mut command)?);
         }
         if tier == Tier::Unit {
             let mut command = Command::new("cargo");
@@ -170,6 +182,12 @@ impl Binaries {
             bail!("there is no test in tier {tier}");
         }
         Ok(count)
+    }
+}
+
+impl Binary {
+    fn log_name(&self) -> String {
+        format!("{}-{}", self.package, self.name)
     }
 }
 
@@ -188,6 +206,13 @@ fn package_name(id: &str) -> String {
         Some((name, _)) => name.to_owned(),
         None => path.rsplit('/').next().unwrap_or(path).to_owned(),
     }
+}
+
+/// The output of a test program's last run.
+fn run_log(name: &str) -> Result<String> {
+    let path = sh::target().join(format!("log/test-{name}.log"));
+    let bytes = std::fs::read(&path).with_context(|| format!("no {}", path.display()))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Runs one test program to its end and counts.

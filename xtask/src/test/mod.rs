@@ -5,6 +5,7 @@ mod e2e;
 mod fuzz;
 mod guest;
 mod kernels;
+mod readme;
 
 use crate::demo::interrupt;
 use crate::setup::{self, Purpose};
@@ -96,7 +97,7 @@ impl Tier {
             Self::Lint => Ok(lint()),
             Self::Unit => binaries().run(self, binaries::unit),
             Self::Fuzz => fuzz::run(),
-            Self::Native => binaries().run(self, binaries::native),
+            Self::Native => native(binaries()),
             Self::Crash => binaries().run(self, binaries::crash),
             Self::Vm => kernels::run(kernels),
             Self::Guest => guest::run(binaries()),
@@ -314,6 +315,13 @@ fn lint() -> Count {
         &mut cargo(&["clippy", "--all-targets", "--", "--deny", "warnings"]),
     );
     count
+}
+
+/// The root tests on this machine's kernel, which has a row of the README's table.
+fn native(binaries: &Binaries) -> Result<Count> {
+    let mut count = binaries.run(Tier::Native, binaries::native)?;
+    count.add(kernels::natively(&binaries.output(binaries::native)?)?);
+    Ok(count)
 }
 
 /// The demo judges itself: exit code 0 when the victim recovered and every knob is back.

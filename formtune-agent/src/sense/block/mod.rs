@@ -221,7 +221,7 @@ impl Block {
         self.paths.remove(&vm.number);
         self.measured.remove(&vm.number);
         for id in vm.counted {
-            self.forget(id);
+            self.forget(id, vm.number);
         }
         self.resting.push_back((now, vm.number));
     }
@@ -361,7 +361,7 @@ impl Block {
             let ids = vm.ids.as_ref().unwrap_or(&none);
             for id in vm.counted.difference(ids).copied().collect::<Vec<_>>() {
                 vm.counted.remove(&id);
-                if let Err(error) = self.table.remove(&mut probe.cgroups, id) {
+                if let Err(error) = self.table.remove(&mut probe.cgroups, id, vm.number) {
                     tracing::warn!("block cgroup {id} may be counted on: {error}");
                 }
             }
@@ -385,9 +385,9 @@ impl Block {
         }
     }
 
-    fn forget(&mut self, id: u64) {
+    fn forget(&mut self, id: u64, vm: u32) {
         if let Some(probe) = &mut self.probe
-            && let Err(error) = self.table.remove(&mut probe.cgroups, id)
+            && let Err(error) = self.table.remove(&mut probe.cgroups, id, vm)
         {
             tracing::warn!("block cgroup {id} may be counted on: {error}");
         }

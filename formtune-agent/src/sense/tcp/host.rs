@@ -140,10 +140,13 @@ impl Host {
 
     pub fn untrack(&mut self, path: &Path, now: Nanos) {
         let Some(vm) = self.vms.remove(path.as_os_str()) else { return };
-        for id in vm.counted {
-            self.forget(id);
+        // Without a slot nothing is counted for it.
+        if let Some(slot) = vm.slot {
+            for id in vm.counted {
+                self.forget(id, slot);
+            }
+            self.resting.push_back((now, slot));
         }
-        self.resting.extend(vm.slot.map(|slot| (now, slot)));
     }
 
     /// Looks for cgroups that may have come, and tells the probe of them.
@@ -180,7 +183,7 @@ impl Host {
         let Some(slot) = vm.slot else { return };
         for id in vm.counted.difference(&vm.ids).copied().collect::<Vec<_>>() {
             vm.counted.remove(&id);
-            self.forget(id);
+            self.forget(id, slot);
         }
         let Some(probe) = &mut self.probe else { return };
         for id in vm.ids.difference(&vm.counted).copied().collect::<Vec<_>>() {
@@ -211,9 +214,9 @@ impl Host {
         }
     }
 
-    fn forget(&mut self, id: u64) {
+    fn forget(&mut self, id: u64, slot: u32) {
         if let Some(probe) = &mut self.probe
-            && let Err(error) = self.table.remove(&mut probe.cgroups, id)
+            && let Err(error) = self.table.remove(&mut probe.cgroups, id, slot)
         {
             tracing::warn!("cgroup {id} may be counted on: {error}");
         }

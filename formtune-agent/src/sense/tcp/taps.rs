@@ -262,7 +262,7 @@ impl Follower {
         let attached =
             self.table.insert(&mut self.probe.interfaces, index.into(), place).and_then(|()| {
                 self.probe.attach(name).inspect_err(|_| {
-                    let _ = self.table.remove(&mut self.probe.interfaces, index.into());
+                    let _ = self.table.remove(&mut self.probe.interfaces, index.into(), place);
                 })
             });
         match attached {
@@ -302,7 +302,8 @@ impl Follower {
         if let Some(watched) = lock(&self.published).vms.get_mut(vm.as_os_str()) {
             watched.remove(index, &self.probe.rows());
         }
-        if let Err(error) = self.table.remove(&mut self.probe.interfaces, index.into()) {
+        let interfaces = &mut self.probe.interfaces;
+        if let Err(error) = self.table.remove(interfaces, index.into(), tap.place) {
             tracing::warn!("interface {index} may be counted on: {error}");
         }
         let now = Instant::now();
