@@ -12,20 +12,20 @@ use formtune_core::units::{Nanos, VmId};
 use std::collections::BTreeMap;
 
 impl Agent {
-    /// A VM's block I/O; `None` while it is not measured. `occupants`: of every device.
+    /// A VM's block I/O. `occupants`: of every device.
     pub(super) fn block_state(
         &self,
         id: &VmId,
         now: Nanos,
+        totals: BlockTotals<'_>,
         occupants: &BTreeMap<u32, Vec<BlockOccupant>>,
-    ) -> Option<BlockState> {
-        let cgroup = &self.sense.vms().get(id)?.cgroup;
-        let mut devices = self.block_devices(self.sense.block().totals(cgroup)?);
+    ) -> BlockState {
+        let mut devices = self.block_devices(totals);
         for (number, device) in &mut devices {
             device.occupants = occupants.get(number).cloned().unwrap_or_default();
         }
         let devices = devices.into_values().collect();
-        Some(BlockState { recent: self.recent_block.runq(id, now), devices })
+        BlockState { recent: self.recent_block.runq(id, now), devices }
     }
 
     /// The largest occupants of every device that is in use.

@@ -163,9 +163,9 @@ impl Agent {
         let occupants = self.block_occupants(now);
         let mut vms: std::collections::BTreeMap<_, _> = self
             .sense
-            .vms()
-            .iter()
-            .filter_map(|(id, vm)| {
+            .each()
+            .filter_map(|view| {
+                let (vm, id) = (view.vm, &view.vm.id);
                 let seen = self.vms.get(id)?;
                 let mut state = VmState::new(vm, seen.class.clone(), seen.at);
                 let class = self.config.policy.classes.get(&seen.class);
@@ -185,10 +185,11 @@ impl Agent {
                     state.cpu_weight_bounds = Some(bounds);
                 }
                 state.recent = Some(self.recent.runq(id, now));
-                state.runq = self
-                    .sense
-                    .runq(id)
-                    .map(|totals| LatencyCounts::from_dense(totals.buckets(), totals.wait_ns));
+                state.runq = view.runq.map(|totals| {
+                    let range = totals.range();
+                    let counts = &totals.buckets()[range.clone()];
+                    LatencyCounts::from_range(range.start, counts, totals.wait_ns)
+                });
                 state.cpu_usage_ns = seen.cpu_usage_ns;
                 state.throttled_ns = seen.throttled_ns;
                 state.throttled_lately = seen.throttled_lately(now);
@@ -196,13 +197,12 @@ impl Agent {
                 state.held_by = known.then(|| self.culprits.recent(id, now));
                 state.held_by_total = known.then(|| self.culprits.total(id));
                 state.quota_periods = seen.quota_periods;
-                if let Some(files) = self.sense.files(id) {
-                    state.pressure = files.pressure;
-                    state.memory_events = files.memory_events;
-                    state.runq_check = files.runq_check;
-                }
-                state.tcp = self.sense.tcp(id).map(Into::into);
-                state.block = self.block_state(id, now, &occupants);
+                state.pressure = view.files.pressure;
+                state.memory_events = view.files.memory_events;
+                state.runq_check = view.files.runq_check;
+                state.tcp = Some(view.tcp.into());
+                state.block =
+                    view.block.map(|totals| self.block_state(id, now, totals, &occupants));
                 Some((id.clone(), state))
             })
             .collect();

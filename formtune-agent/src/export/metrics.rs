@@ -32,25 +32,47 @@ const ACTIONS: [Action; 5] =
 /// Every result of a setpoint, for the same reason.
 const RESULTS: [&str; 5] = ["applied", "unchanged", "clamped", "yielded", "refused"];
 
-/// The whole exposition, as text.
+/// Bytes of a piece of the exposition, about. It stays in the processor's cache until it is sent.
+const PIECE: usize = 256 << 10;
+
+/// Takes pieces of the exposition; an error ends it.
+pub type Sink<'a> = dyn FnMut(Vec<u8>) -> fmt::Result + 'a;
+
+/// Writes the exposition, piece by piece as it is encoded.
+///
+/// # Errors
+/// Those of `to`.
+pub fn write(snapshot: &Snapshot, format: Format, to: &mut Sink<'_>) -> fmt::Result {
+    match format {
+        Format::Text => encode(snapshot, VMS, &mut Text::new(to)),
+        Format::Protobuf => encode(snapshot, VMS, &mut Protobuf::new(to)),
+    }
+}
+
+/// The whole exposition in memory.
+pub fn whole(snapshot: &Snapshot, format: Format) -> Vec<u8> {
+    let mut all = Vec::new();
+    let written = write(snapshot, format, &mut |piece| {
+        all.extend(piece);
+        Ok(())
+    });
+    written.expect("writing to memory does not fail");
+    all
+}
+
+/// The same, as text.
 pub fn text(snapshot: &Snapshot) -> String {
-    // About 3 kB per VM.
-    let mut text = Text::with_capacity(8_192 + 3_500 * snapshot.vms.len());
-    encode(snapshot, VMS, &mut text);
-    text.finish()
+    String::from_utf8(whole(snapshot, Format::Text)).expect("text is text")
 }
 
-/// The whole exposition, as length-delimited messages.
+/// The same, as length-delimited messages.
 pub fn protobuf(snapshot: &Snapshot) -> Vec<u8> {
-    // About 1.5 kB per VM.
-    let mut protobuf = Protobuf::with_capacity(4_096 + 2_000 * snapshot.vms.len());
-    encode(snapshot, VMS, &mut protobuf);
-    protobuf.finish()
+    whole(snapshot, Format::Protobuf)
 }
 
-fn encode(snapshot: &Snapshot, most: usize, to: &mut dyn Exposition) {
-    let families = Families(to).all(snapshot, most);
-    families.expect("writing to memory does not fail");
+fn encode(snapshot: &Snapshot, most: usize, to: &mut dyn Exposition) -> fmt::Result {
+    Families(to).all(snapshot, most)?;
+    to.finish()
 }
 
 /// Describes metric families to an encoder.

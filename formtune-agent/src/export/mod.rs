@@ -13,6 +13,7 @@ pub mod http;
 pub mod latency;
 pub mod listen;
 pub mod metrics;
+mod pieces;
 pub mod recent;
 pub mod routes;
 pub mod series;

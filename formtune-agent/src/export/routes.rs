@@ -1,17 +1,18 @@
 //! What each path answers. Errors are JSON: `{"error": what, "hint": what to do}`.
 
 use super::metrics::{self, Format};
+use super::pieces::Pieces;
 use super::series::Histograms;
 use super::snapshot::{DecisionRecord, Node, Snapshot, VmState};
 use super::source::{NoSnapshot, Snapshots};
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Path, Query, Request, State, rejection::QueryRejection};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
-use bytes::Bytes;
 use formtune_core::units::{Nanos, VmId};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -161,12 +162,14 @@ async fn metrics(State(snapshots): State<Snapshots>, headers: HeaderMap) -> Resp
     let format = Format::of(accepts.filter_map(|accept| accept.to_str().ok()));
     match snapshots.get().await {
         Ok(snapshot) => {
-            let body = match format {
-                Format::Text => Bytes::from(metrics::text(&snapshot)),
-                Format::Protobuf => Bytes::from(metrics::protobuf(&snapshot)),
-            };
+            let (pieces, body) = Pieces::channel();
+            // Beside this thread, so that one piece is encoded while another is sent. Ends when
+            // nobody reads any more.
+            tokio::task::spawn_blocking(move || {
+                metrics::write(&snapshot, format, &mut |piece| pieces.send(piece))
+            });
             let head = [(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")];
-            (head, body).into_response()
+            (head, Body::new(body)).into_response()
         }
         Err(error) => no_snapshot(error),
     }

@@ -34,7 +34,7 @@ pub use usage::QuotaPeriods;
 
 use crate::hypervisor::{Domain, Hypervisor};
 use crate::vm::{Owner, Vm};
-use block::Block;
+use block::{Block, BlockTotals};
 use cgroup::{CgroupError, Hierarchies};
 use discover::{Discovery, Found};
 use formtune_common::runq::{HOST, IDLE, slot_of};
@@ -100,6 +100,21 @@ pub struct VmReading {
     /// Block I/O since the reading before, from queued to done, over all devices and
     /// operations; `None` if it is not measured.
     pub block: Option<RunqInterval>,
+}
+
+/// What is known of one VM, since it was first seen.
+#[derive(Debug)]
+pub struct VmView<'a> {
+    /// Which.
+    pub vm: &'a Arc<Vm>,
+    /// See [`Sense::runq`].
+    pub runq: Option<&'a RunqTotals>,
+    /// See [`Sense::files`].
+    pub files: &'a VmFiles,
+    /// See [`Sense::tcp`].
+    pub tcp: TcpCounts,
+    /// See [`Block::totals`].
+    pub block: Option<BlockTotals<'a>>,
 }
 
 /// How long a cgroup of libvirt's waits to be claimed by a domain, before it is taken for
@@ -273,6 +288,19 @@ impl Sense {
     /// Whose cgroup this is.
     pub fn vm_of(&self, cgroup: &Path) -> Option<&VmId> {
         Some(&self.tracked.get(cgroup.as_os_str())?.vm.as_ref()?.id)
+    }
+
+    /// Everything that is known of every VM, in no order that means something.
+    pub fn each(&self) -> impl Iterator<Item = VmView<'_>> {
+        self.tracked.values().filter_map(|tracked| {
+            Some(VmView {
+                vm: tracked.vm.as_ref()?,
+                runq: tracked.slot.is_measured().then_some(&tracked.totals),
+                files: tracked.files.values(),
+                tcp: self.tcp.counts(&tracked.group.path),
+                block: self.block.totals_by_number(tracked.block),
+            })
+        })
     }
 
     /// A VM's waits since it was first seen; `None` if it is not measured.

@@ -11,6 +11,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use std::ffi::c_void;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
@@ -26,6 +27,8 @@ pub struct RunqTotals {
     pub discarded: u64,
     /// Allocated with the first wait: most VMs of a large node are idle.
     buckets: Option<Box<[u64; BUCKETS]>>,
+    /// Buckets that may hold something.
+    range: Range<usize>,
 }
 
 impl RunqTotals {
@@ -33,6 +36,11 @@ impl RunqTotals {
     pub fn buckets(&self) -> &[u64; BUCKETS] {
         static NONE: [u64; BUCKETS] = [0; BUCKETS];
         self.buckets.as_deref().unwrap_or(&NONE)
+    }
+
+    /// From the first bucket that holds something to behind the last.
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
     }
 }
 
@@ -120,6 +128,13 @@ struct LastRow {
     unblamed_ns: u64,
     held_ns: u64,
     held: [Held; HOLDERS],
+    /// Readings since each of `held` was last charged.
+    quiet: [u32; HOLDERS],
+    /// Sum of `buckets`.
+    taken: u32,
+    /// `buckets` hold the waits that `count` tells of, and no other. (A reading may come upon one
+    /// that is not in `count` yet.)
+    exact: bool,
     /// No wait was in a bucket below, so far.
     lowest: usize,
     /// Allocated when the VM first runs on that CPU.
@@ -136,23 +151,32 @@ impl LastRow {
                 (&raw const (*row).held_ns).read_volatile(),
             )
         };
-        to.unknown_ns += unblamed_ns.wrapping_sub(self.unblamed_ns);
+        let unknown_ns = unblamed_ns.wrapping_sub(self.unblamed_ns);
+        to.unknown_ns += unknown_ns;
         self.unblamed_ns = unblamed_ns;
-        if held_ns == self.held_ns {
+        if held_ns == self.held_ns && unknown_ns == 0 {
             return;
         }
         self.held_ns = held_ns;
+        let mut full = true;
         for (at, last) in self.held.iter_mut().enumerate() {
             // SAFETY: as above; the holder of an entry is written before its time.
             let now = unsafe { (&raw const (*row).held[at]).read_volatile() };
-            if now.holder == NOBODY {
-                continue;
+            full &= now.holder != NOBODY;
+            self.quiet[at] = self.quiet[at].saturating_add(1);
+            // An entry that is another's now was made free here; its time went on from there.
+            if now.holder != NOBODY && now.ns != last.ns {
+                to.add(now.holder, now.ns.wrapping_sub(last.ns));
+                self.quiet[at] = 0;
+                *last = now;
             }
-            let before = if last.holder == now.holder { last.ns } else { 0 };
-            if now.ns != before {
-                to.add(now.holder, now.ns.wrapping_sub(before));
-            }
-            *last = now;
+        }
+        // Somebody found no room, perhaps.
+        let longest = (0..HOLDERS).max_by_key(|&at| self.quiet[at]);
+        if let Some(at) = longest.filter(|&at| full && unknown_ns > 0 && self.quiet[at] > 0) {
+            // SAFETY: as above. The probe may be charging that holder right now, and take the
+            // entry again.
+            unsafe { (&raw mut (*row.cast_mut()).held[at].holder).write_volatile(NOBODY) };
         }
     }
 }
@@ -252,8 +276,8 @@ impl RunqReader {
             // The probe writes `count` last: what belongs to it is there, and what comes
             // meanwhile is found by the next reading at the latest, as it raises `count`.
             fence(Ordering::Acquire);
-            let mut left = count.wrapping_sub(last.count);
-            totals.count += u64::from(left);
+            let new = count.wrapping_sub(last.count);
+            totals.count += u64::from(new);
             last.count = count;
             // SAFETY: as above; 64-bit loads of aligned fields are not torn.
             let wait_ns = unsafe { wait_ns.read_volatile() };
@@ -263,7 +287,7 @@ impl RunqReader {
             last.wait_ns = wait_ns;
             last.blame(row, held);
             let old = last.buckets.get_or_insert_with(|| {
-                last.lowest = BUCKETS;
+                (last.lowest, last.exact) = (BUCKETS, true);
                 Box::new([0; BUCKETS])
             });
             let lowest = last.lowest;
@@ -272,18 +296,22 @@ impl RunqReader {
                 (first, end) = (first.min(at), end.max(at + 1));
                 last.lowest = last.lowest.min(at);
             };
-            if let Some(recent) = recent_waits(row, count, left) {
-                for &at in &recent[..left as usize] {
+            if let Some(recent) = recent_waits(row, count, new).filter(|_| last.exact) {
+                for &at in &recent[..new as usize] {
                     old[usize::from(at)] = old[usize::from(at)].wrapping_add(1);
                     found(at.into(), 1);
                 }
+                last.taken = last.taken.wrapping_add(new);
                 continue;
             }
             // As many waits as `count` says are looked for, first where waits were before: a
             // row is longer than what it holds, and memory is what reading costs. One that
-            // comes meanwhile may stand in for one that is then found by the next reading.
+            // comes meanwhile may stand in for one that is then found by the next reading. When
+            // there are few, all are looked for, so that the next can be told one by one.
+            let thorough = new as usize <= RECENT;
+            let mut left = count.wrapping_sub(last.taken).cast_signed().max(0).cast_unsigned();
             for at in (lowest..BUCKETS).chain(0..lowest) {
-                if left == 0 {
+                if left == 0 && !thorough {
                     break;
                 }
                 // SAFETY: `at` is less than BUCKETS.
@@ -292,13 +320,18 @@ impl RunqReader {
                 // Less than before where a wait was seen in `recent` first.
                 if counted.cast_signed() > 0 {
                     old[at] = new;
+                    last.taken = last.taken.wrapping_add(counted);
                     left = left.saturating_sub(counted);
                     found(at, counted);
                 }
             }
+            last.exact = thorough && last.taken == count;
         }
         if first < end {
             let all = totals.buckets.get_or_insert_with(|| Box::new([0; BUCKETS]));
+            let before = &totals.range;
+            let low = if before.is_empty() { first } else { first.min(before.start) };
+            totals.range = low..end.max(before.end);
             // Most intervals hold no more: one allocation for each.
             interval.counts.reserve(16);
             for at in first..end {
@@ -384,14 +417,15 @@ mod tests {
     #[test]
     fn counters_that_wrap_around_are_counted_right() {
         let (_file, rows) = rows(7, 5);
-        // SAFETY: as above.
-        let row = unsafe { &mut *rows.row(1).cast_mut() };
-        (row.count, row.wait_ns) = (u32::MAX - 1, u64::MAX - 5_000);
-        row.buckets[bucket(3_000) as usize] = u32::MAX - 1;
         let mut reader = RunqReader::new(rows);
         let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
-        // Not a reading that can be: rows start from zero.
-        reader.read(news, &mut RunqTotals::default(), &mut HeldBy::default(), &mut scratch);
+        for waits in [i32::MAX.cast_unsigned(), u32::MAX - 1] {
+            // SAFETY: as above.
+            let row = unsafe { &mut *reader.rows.row(1).cast_mut() };
+            (row.count, row.wait_ns) = (waits, u64::MAX - 5_000);
+            row.buckets[bucket(3_000) as usize] = waits;
+            reader.read(news, &mut RunqTotals::default(), &mut HeldBy::default(), &mut scratch);
+        }
         for _ in 0..4 {
             count(&reader.rows, 1, 3_000);
         }
@@ -472,6 +506,125 @@ mod tests {
         charge(&reader, 0, 1, vm(8), 5);
         charge(&reader, 0, 0, HOST, 11);
         assert_eq!(read(&mut reader), [(HOST, 1), (vm(8), 5)]);
+    }
+
+    #[test]
+    fn more_holders_than_there_is_room_for_take_turns() {
+        let (_file, rows) = rows(1, 0);
+        let mut reader = RunqReader::new(rows);
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        // What the probe does.
+        let charge = |reader: &RunqReader, holder, ns| {
+            // SAFETY: as above.
+            let row = unsafe { &mut *reader.rows.row(0).cast_mut() };
+            let free = |held: &&mut Held| [holder, NOBODY].contains(&held.holder);
+            match row.held.iter_mut().find(free) {
+                Some(held) => {
+                    held.holder = holder;
+                    held.ns += ns;
+                    row.held_ns += ns;
+                }
+                None => row.unblamed_ns += ns,
+            }
+            count(&reader.rows, 0, 200_000);
+        };
+        let mut read = |reader: &mut RunqReader| {
+            let mut held = HeldBy::default();
+            reader.read(news, &mut totals, &mut held, &mut scratch);
+            held
+        };
+        for other in 0..HOLDERS as u32 {
+            charge(&reader, vm(other), 100);
+        }
+        assert_eq!(read(&mut reader).by.len(), HOLDERS);
+        // All but the third go on, and somebody new comes.
+        let known = (0..HOLDERS as u32).filter(|&other| other != 2);
+        known.clone().for_each(|other| charge(&reader, vm(other), 10));
+        charge(&reader, vm(99), 7);
+        let held = read(&mut reader);
+        assert_eq!((held.by.len(), held.unknown_ns), (HOLDERS - 1, 7));
+        charge(&reader, vm(99), 5);
+        known.for_each(|other| charge(&reader, vm(other), 1));
+        let held = read(&mut reader);
+        assert_eq!((held.by.len(), held.unknown_ns), (HOLDERS, 0));
+        assert!(held.by.contains(&(vm(99), 5)), "{held:?}");
+    }
+
+    /// A reading comes upon a wait that is in its bucket and not in the count yet.
+    #[test]
+    fn a_wait_that_was_counted_too_early_is_not_counted_twice() {
+        let (_file, rows) = rows(1, 0);
+        let mut reader = RunqReader::new(rows);
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        let mut read = |reader: &mut RunqReader| {
+            reader.read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
+            totals.buckets().to_vec()
+        };
+        let (early, late) = (bucket(1_000) as usize, bucket(90_000) as usize);
+        for wait in [1_000; 20].into_iter().chain([90_000]) {
+            count(&reader.rows, 0, wait);
+        }
+        // SAFETY: as above.
+        unsafe { (*reader.rows.row(0).cast_mut()).buckets[early] += 1 };
+        let told = read(&mut reader);
+        assert_eq!((told[early], told[late]), (21, 0), "one stands in for the other");
+        // SAFETY: as above.
+        unsafe { (*reader.rows.row(0).cast_mut()).buckets[early] -= 1 };
+        count(&reader.rows, 0, 1_000);
+        let told = read(&mut reader);
+        assert_eq!((told[early], told[late]), (21, 1));
+        count(&reader.rows, 0, 90_000);
+        let told = read(&mut reader);
+        assert_eq!((told[early], told[late]), (21, 2));
+    }
+
+    /// The probe goes on while a row is read.
+    #[test]
+    fn every_bucket_is_right_although_the_probe_goes_on_meanwhile() {
+        const WAITS: u64 = 300_000;
+        let (file, rows) = rows(1, 0);
+        let theirs = SlotRows::map(file.as_fd(), 0, CPUS).unwrap();
+        let mut reader = RunqReader::new(rows);
+        let (mut totals, mut scratch) = (RunqTotals::default(), Scratch::default());
+        // Few and many at once.
+        let wait = |n: u64| 100 << (n * n % 11);
+        let done = std::thread::scope(|scope| {
+            let writer = scope.spawn(move || {
+                // SAFETY: nobody else writes.
+                let row = theirs.row(0).cast_mut();
+                for n in 0..WAITS {
+                    let bucket = bucket(wait(n));
+                    // SAFETY: as above; in the order in which the probe writes.
+                    unsafe {
+                        let counter = (&raw mut (*row).buckets).cast::<u32>().add(bucket as usize);
+                        counter.write_volatile(counter.read_volatile() + 1);
+                        let sum = &raw mut (*row).wait_ns;
+                        sum.write_volatile(sum.read_volatile() + wait(n));
+                        let count = (&raw const (*row).count).read_volatile() + 1;
+                        let entry = &raw mut (*row).recent[count as usize % RECENT];
+                        fence(Ordering::Release);
+                        entry.write_volatile(recent(count, bucket));
+                        fence(Ordering::Release);
+                        (&raw mut (*row).count).write_volatile(count);
+                    }
+                    if n % 4096 < 64 {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+            while !writer.is_finished() {
+                reader.read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
+                let told: u64 = totals.buckets().iter().sum();
+                // Those that came since the count was read may be among them.
+                assert!(told >= totals.count, "{told} of {}", totals.count);
+            }
+            writer.join().is_ok()
+        });
+        assert!(done);
+        reader.read(news, &mut totals, &mut HeldBy::default(), &mut scratch);
+        let mut expected = [0; BUCKETS];
+        (0..WAITS).for_each(|n| expected[bucket(wait(n)) as usize] += 1);
+        assert_eq!((totals.count, totals.buckets()), (WAITS, &expected));
     }
 
     /// The probe that is attached anew counts into new rows, from zero.

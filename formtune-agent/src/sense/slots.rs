@@ -31,7 +31,9 @@ pub struct Slots {
     probe: Option<RunqProbe>,
     sizes: Sizes,
     table: Table,
-    free: BTreeSet<u32>,
+    /// The one that has been free for longest first: what a CPU remembers of who had it names
+    /// slots.
+    free: VecDeque<u32>,
     resting: VecDeque<(Nanos, u32, SlotRows)>,
     scratch: Scratch,
     control: Control,
@@ -89,7 +91,7 @@ impl Slots {
             Err(state) => (None, state),
         };
         let slots = Self {
-            free: if probe.is_some() { (0..sizes.slots).collect() } else { BTreeSet::new() },
+            free: if probe.is_some() { (0..sizes.slots).collect() } else { VecDeque::new() },
             probe,
             sizes,
             table: Table::new(sizes.table),
@@ -157,7 +159,7 @@ impl Slots {
 
     /// Gives a VM that has none a slot, if there is one.
     fn give(&mut self, slot: &mut Slot) {
-        let (Some(probe), Some(&number)) = (&self.probe, self.free.first()) else { return };
+        let (Some(probe), Some(&number)) = (&self.probe, self.free.front()) else { return };
         match probe.map_slot(number) {
             Ok(rows) => slot.reader = Some((number, RunqReader::new(rows))),
             Err(error) => {
@@ -165,7 +167,7 @@ impl Slots {
                 return;
             }
         }
-        self.free.remove(&number);
+        self.free.pop_front();
         // Known to be no slot's until now.
         for id in std::mem::take(&mut slot.counted) {
             self.forget(id, UNMEASURED);
@@ -211,7 +213,7 @@ impl Slots {
             self.resting.pop_front_if(|(since, ..)| now.since(*since) >= REST)
         {
             rows.zero();
-            self.free.insert(number);
+            self.free.push_back(number);
             freed.push(number);
         }
         freed

@@ -268,8 +268,7 @@ fn metrics_come_in_the_form_that_is_asked_for() {
     let served = Served::new();
     let get = |accept: &str| {
         let mut stream = UnixStream::connect(&served.socket).unwrap();
-        write!(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}Connection: close\r\n\r\n")
-            .unwrap();
+        write!(stream, "GET /metrics HTTP/1.0\r\nHost: x\r\n{accept}\r\n\r\n").unwrap();
         let mut all = Vec::new();
         stream.read_to_end(&mut all).unwrap();
         let end = all.windows(4).position(|four| four == b"\r\n\r\n").unwrap();

@@ -390,7 +390,10 @@ unsafe fn take(key: &Key) -> Option<u32> {
     let row = ROWS.get_ptr_mut(number)?;
     // SAFETY: a map value; only who put the key in writes it.
     unsafe {
-        (*row).key = *key;
+        // The device last: a reader that finds it, 0 being none, may rely on the others.
+        (&raw mut (*row).key.who).write_volatile(key.who);
+        (&raw mut (*row).key.op).write_volatile(key.op);
+        (&raw mut (*row).key.device).write_volatile(key.device);
         count!(taken);
     }
     Some(number)

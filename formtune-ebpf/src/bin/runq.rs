@@ -121,16 +121,17 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
     unsafe {
         let found = slot(&TABLE, TABLE_MASK.get(), &SPILL, cgroup_id(next));
         let holder = match found {
+            // Between two switches that are looked at anybody may have had the CPU. What was
+            // before is no longer known, either, once every switch is looked at again.
+            _ if shift != 0 => NOBODY,
             Some(slot) => vm(slot),
-            None => {
-                let holder = if is_idle(running, next) { IDLE } else { control.outside };
-                // Many switches are between tasks of the host.
-                if (*running).holder == holder {
-                    return None;
-                }
-                holder
-            }
+            None if is_idle(running, next) => IDLE,
+            None => control.outside,
         };
+        // Many switches are between tasks of the host.
+        if found.is_none() && (*running).holder == holder {
+            return None;
+        }
         let cfs_rq: *const u8 = field(next, &TASK_CFS_RQ);
         let rq: *const u8 = field(cfs_rq, &CFS_RQ_RQ);
         let clock: u64 = field(rq, &RQ_CLOCK);
@@ -142,7 +143,7 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
             // Never after the clock, except with an unstable clock; none where the kernel
             // does not keep it. Counted, as blindness must show.
             if last_queued == 0 || clock < last_queued {
-                add_u32(&raw mut (*row).discarded, 1);
+                add_u32(&raw mut (*row).discarded, weight(shift));
                 #[cfg(feature = "log")]
                 log_discarded(ctx, clock, last_queued);
             } else {

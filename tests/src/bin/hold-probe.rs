@@ -7,20 +7,21 @@
 //! `cpu` hierarchy is. `hold-probe collect PATTERN VMS`: all sensors, with room for so many VMs;
 //! for each line that it is sent it reads all histograms once (after the line `all`: CPU time and
 //! files of the kernel's too), and prints the CPU time of that in nanoseconds, how many VMs had
-//! waits, how many had block I/O, and how many have a tap device. Prints `ready` once it is
+//! waits, how many had block I/O, and of how many TCP segments were ever seen. Prints `ready` once it is
 //! attached, and what it counted at the end.
 
 use anyhow::{Context, Result, bail};
 use formtune_agent::sense::block::Block;
 use formtune_agent::sense::cgroup::{self, Hierarchies};
 use formtune_agent::sense::probes::{Floor, Kernel};
+use formtune_agent::sense::tcp::TcpCounts;
 use formtune_agent::sense::{ProbeState, Sense, SenseConfig, VmReading};
 use formtune_core::sample::RunqInterval;
 use formtune_core::units::Nanos;
 use nix::time::{ClockId, clock_gettime};
 use std::collections::BTreeSet;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -79,26 +80,23 @@ fn collect(pattern: &str, max_vms: u32) -> Result<()> {
     let patterns = vec![pattern.parse().context("bad pattern")?];
     let config = SenseConfig { patterns, max_vms, ..Default::default() };
     let mut sense = Sense::open(&config, None)?;
-    let taps = TapThread::find()?;
     println!("ready");
     // What is no histogram is due once a second, and it is told how late it is.
     let mut now = Nanos(1);
-    let mut taps_before = taps.cpu_ns()?;
     for line in std::io::stdin().lines() {
         let step = if line? == "all" { Nanos::from_secs(1) } else { Nanos::from_millis(1) };
         now = Nanos(now.0 + step.0);
         let before = cpu_ns()?;
         let reading = sense.sample(now);
-        let here = cpu_ns()? - before;
-        let taps_now = taps.cpu_ns()?;
-        let took = here + (taps_now - taps_before);
-        taps_before = taps_now;
+        let tcp: Vec<TcpCounts> = sense.each().map(|vm| vm.tcp).collect();
+        let took = cpu_ns()? - before;
+        let sent = |tcp: &&TcpCounts| tcp.guest.as_ref().is_some_and(|tcp| tcp.sent.segments > 0);
         let had = |of: fn(&VmReading) -> &Option<RunqInterval>| {
             let some = |vm: &&VmReading| of(vm).as_ref().is_some_and(|all| !all.counts.is_empty());
             reading.vms.values().filter(some).count()
         };
         let (waited, blocked) = (had(|vm| &vm.runq), had(|vm| &vm.block));
-        println!("{took} {waited} {blocked} {}", sense.tcp_health().guest.taps);
+        println!("{took} {waited} {blocked} {}", tcp.iter().filter(sent).count());
     }
     Ok(())
 }
@@ -107,27 +105,6 @@ fn collect(pattern: &str, max_vms: u32) -> Result<()> {
 fn cpu_ns() -> Result<u64> {
     let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
     Ok(time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
-}
-
-/// The thread that reads what the probe of tap devices counts. It does so at a pace of its own;
-/// what it takes is part of the next reading here.
-struct TapThread(PathBuf);
-
-impl TapThread {
-    fn find() -> Result<Self> {
-        for task in std::fs::read_dir("/proc/self/task")? {
-            let task = task?.path();
-            if std::fs::read_to_string(task.join("comm"))?.trim() == "formtune-taps" {
-                return Ok(Self(task.join("schedstat")));
-            }
-        }
-        bail!("no thread follows tap devices")
-    }
-
-    fn cpu_ns(&self) -> Result<u64> {
-        let text = std::fs::read_to_string(&self.0)?;
-        Ok(text.split(' ').next().unwrap_or_default().parse()?)
-    }
 }
 
 /// `counted`: so that the benchmark can tell that it measured what it meant to.

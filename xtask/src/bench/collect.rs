@@ -135,7 +135,7 @@ struct Reader {
 struct Reading {
     /// CPU time, milliseconds.
     ms: f64,
-    /// VMs that had waits, that had block I/O, and that have a tap device.
+    /// VMs that had waits, that had block I/O, and of which TCP segments were ever seen.
     vms: [usize; 3],
 }
 
@@ -167,7 +167,7 @@ impl Reader {
         let [waited, blocked, taps] = reading.vms;
         // A few more or less: tasks wake up late on a busy host.
         if [waited, blocked].iter().any(|vms| vms.abs_diff(active) > VMS / 20) || taps != VMS {
-            bail!("of {active} VMs {waited} had waits and {blocked} block I/O, {taps} have taps");
+            bail!("of {active} VMs {waited} had waits and {blocked} block I/O; {taps} sent TCP");
         }
         Ok(reading.ms)
     }

@@ -46,4 +46,6 @@ pub trait Exposition {
     -> fmt::Result;
     /// It is complete.
     fn end(&mut self) -> fmt::Result;
+    /// There are no more.
+    fn finish(&mut self) -> fmt::Result;
 }

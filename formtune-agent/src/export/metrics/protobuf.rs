@@ -7,6 +7,7 @@
 
 use super::super::latency::{LE_BOUNDS, LatencyCounts, le_bound_seconds};
 use super::exposition::{Exposition, Family, Kind, Labels, Value};
+use super::{PIECE, Sink};
 use formtune_common::histogram;
 use prost::Message;
 use prost::encoding::{encode_varint, message};
@@ -138,8 +139,9 @@ const METRIC: u32 = 4;
 
 /// Writes families as messages. A sample is encoded when it comes, so that there are never
 /// more than one of them in memory besides the answer.
-#[derive(Debug)]
-pub struct Protobuf {
+pub struct Protobuf<'s> {
+    to: &'s mut Sink<'s>,
+    /// Not handed over yet.
     out: Vec<u8>,
     /// The family at hand, without its length.
     family: Vec<u8>,
@@ -147,20 +149,16 @@ pub struct Protobuf {
     bounds: [f64; LE_BOUNDS],
 }
 
-impl Protobuf {
-    /// With room for so many bytes.
-    pub fn with_capacity(bytes: usize) -> Self {
+impl<'s> Protobuf<'s> {
+    /// Hands over what it wrote in pieces.
+    pub fn new(to: &'s mut Sink<'s>) -> Self {
         Self {
-            out: Vec::with_capacity(bytes),
+            to,
+            out: Vec::new(),
             family: Vec::new(),
             metric: Metric::default(),
             bounds: std::array::from_fn(le_bound_seconds),
         }
-    }
-
-    /// All that was written.
-    pub fn finish(self) -> Vec<u8> {
-        self.out
     }
 
     fn histogram(&self, counts: &LatencyCounts, into: &mut Histogram) {
@@ -182,7 +180,7 @@ impl Protobuf {
     }
 }
 
-impl Exposition for Protobuf {
+impl Exposition for Protobuf<'_> {
     fn begin(&mut self, family: &Family<'_>) -> fmt::Result {
         let kind = match family.kind {
             Kind::Gauge => MetricType::Gauge,
@@ -233,8 +231,17 @@ impl Exposition for Protobuf {
 
     fn end(&mut self) -> fmt::Result {
         encode_varint(self.family.len() as u64, &mut self.out);
+        // Its length comes first, so a large one is a piece of its own.
+        if self.family.len() >= PIECE {
+            self.finish()?;
+            return (self.to)(std::mem::take(&mut self.family));
+        }
         self.out.extend_from_slice(&self.family);
-        Ok(())
+        if self.out.len() >= PIECE { self.finish() } else { Ok(()) }
+    }
+
+    fn finish(&mut self) -> fmt::Result {
+        (self.to)(std::mem::take(&mut self.out))
     }
 }
 

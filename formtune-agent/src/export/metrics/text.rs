@@ -4,11 +4,13 @@
 
 use super::super::latency::{LE_BOUNDS, LatencyCounts, le_bound_seconds};
 use super::exposition::{Exposition, Family, Kind, Labels, Value};
+use super::{PIECE, Sink};
 use std::fmt::{self, Write};
 
 /// Writes families as text.
-#[derive(Debug)]
-pub struct Text {
+pub struct Text<'s> {
+    to: &'s mut Sink<'s>,
+    /// Not handed over yet.
     out: String,
     /// The labels of the sample at hand.
     labels: String,
@@ -18,21 +20,17 @@ pub struct Text {
     buckets: Vec<String>,
 }
 
-impl Text {
-    /// With room for so many bytes.
-    pub fn with_capacity(bytes: usize) -> Self {
+impl<'s> Text<'s> {
+    /// Hands over what it wrote in pieces.
+    pub fn new(to: &'s mut Sink<'s>) -> Self {
         let bound = |i| dtoa::Buffer::new().format(le_bound_seconds(i)).to_owned();
         Self {
-            out: String::with_capacity(bytes),
+            to,
+            out: String::with_capacity(PIECE + PIECE / 16),
             labels: String::new(),
             bounds: std::array::from_fn(bound),
             buckets: Vec::new(),
         }
-    }
-
-    /// All that was written.
-    pub fn finish(self) -> String {
-        self.out
     }
 
     /// A line that is not of a bucket.
@@ -68,7 +66,7 @@ impl Text {
     }
 }
 
-impl Exposition for Text {
+impl Exposition for Text<'_> {
     fn begin(&mut self, family: &Family<'_>) -> fmt::Result {
         let kind = match family.kind {
             Kind::Gauge => "gauge",
@@ -107,11 +105,17 @@ impl Exposition for Text {
             }
             Value::Latency(counts) => self.latency(family, counts),
         }
-        Ok(())
+        if self.out.len() >= PIECE { self.finish() } else { Ok(()) }
     }
 
     fn end(&mut self) -> fmt::Result {
         Ok(())
+    }
+
+    fn finish(&mut self) -> fmt::Result {
+        // A little more than a piece, as samples are handed over whole.
+        let next = String::with_capacity(PIECE + PIECE / 16);
+        (self.to)(std::mem::replace(&mut self.out, next).into_bytes())
     }
 }
 
@@ -136,14 +140,20 @@ mod tests {
 
     #[test]
     fn the_rules_of_the_format() {
-        let mut text = Text::with_capacity(0);
+        let mut out = Vec::new();
+        let mut sink = |piece| {
+            out.extend(piece);
+            Ok(())
+        };
+        let mut text = Text::new(&mut sink);
         let family = Family { name: "a_total", help: "Things", kind: Kind::Counter };
         text.begin(&family).unwrap();
         text.sample(&family, &[], Value::Number(1.0)).unwrap();
         let odd = [("x", "a\\b\"c\nd é"), ("y", "")];
         text.sample(&family, &odd, Value::Number(1e-9)).unwrap();
+        text.finish().unwrap();
         assert_eq!(
-            text.finish(),
+            String::from_utf8(out).unwrap(),
             "# HELP a_total Things\n# TYPE a_total counter\na_total 1.0\n\
              a_total{x=\"a\\\\b\\\"c\\nd é\",y=\"\"} 1e-9\n"
         );

@@ -39,6 +39,8 @@ const REST: Nanos = Nanos::from_secs(1);
 /// Where cgroups are not those that discovery follows they are looked for again after this, and
 /// after twice as long each time.
 const LOOK_FRESH: Nanos = Nanos::from_secs(1);
+/// Of so many readings of a row one looks everywhere.
+const THOROUGH: u32 = 64;
 /// How long "at first" is.
 const FRESH: Nanos = Nanos::from_secs(10);
 /// The same later, if there are none yet.
@@ -76,6 +78,7 @@ pub struct Block {
     control: Control,
     /// Of the last reading, by number, ascending.
     intervals: Vec<(u32, RunqInterval)>,
+    readings: u32,
     occupancy: Occupancy,
     devices: Devices,
     /// Devices that were gone when they were last looked for.
@@ -163,6 +166,7 @@ impl Block {
             counters: Counters::default(),
             control: Control::default(),
             intervals: Vec::new(),
+            readings: 0,
             occupancy: Occupancy::default(),
             devices: Devices::new(),
             gone: BTreeSet::new(),
@@ -264,6 +268,11 @@ impl Block {
     pub fn totals(&self, vm: &Path) -> Option<BlockTotals<'_>> {
         let vm = self.vms.get(vm.as_os_str()).filter(|vm| !vm.counted.is_empty())?;
         Some(self.totals_of(vm.number))
+    }
+
+    /// The same for the VM with this number.
+    pub fn totals_by_number(&self, vm: u32) -> Option<BlockTotals<'_>> {
+        self.measured.contains(&vm).then(|| self.totals_of(vm))
     }
 
     /// Requests that are no VM's, since start; `None` without the probe.
@@ -436,10 +445,12 @@ impl Block {
         for (number, _) in self.taken.values() {
             self.rows.prefetch(*number);
         }
+        self.readings = self.readings.wrapping_add(1);
         for (key, (number, totals)) in &mut self.taken {
-            let Some(drained) = self.rows.drain(*number, &mut self.scratch) else {
-                continue;
-            };
+            // A few rows with each reading.
+            let thorough = self.readings.wrapping_add(*number).is_multiple_of(THOROUGH);
+            let drained = self.rows.drain(*number, thorough, &mut self.scratch);
+            let Some(drained) = drained else { continue };
             totals.requests += u64::from(drained.count);
             totals.total.add(drained.total.0, drained.total.1);
             totals.device.add(drained.device.0, drained.device.1);

@@ -150,12 +150,15 @@ impl TableMaps for CgroupTable {
     type Error = String;
 
     fn set(&mut self, index: u32, entry: TableEntry) -> Result<(), String> {
+        let known = self.table.get(&index, 0);
         let mut write =
             |entry| self.table.set(index, entry, 0).map_err(|error| map_error("TABLE", &error));
         // The kernel copies an entry in no particular order while the probe reads: a new
-        // cgroup is made visible only once its slot is there.
-        if entry.cgroup_id != 0 {
-            write(TableEntry { cgroup_id: 0, ..entry })?;
+        // cgroup is made visible only once its slot is there. Meanwhile the probe looks in
+        // `SPILL`, where it may have been until now.
+        let same = |now: TableEntry| (now.cgroup_id, now.slot) == (entry.cgroup_id, entry.slot);
+        if entry.cgroup_id != 0 && !known.is_ok_and(same) {
+            write(TableEntry { cgroup_id: 0, spilled: 1, ..entry })?;
         }
         write(entry)
     }

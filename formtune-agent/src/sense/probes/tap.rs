@@ -70,7 +70,6 @@ pub struct TapProbe {
     pub interfaces: CgroupTable,
     rows: Arc<TapRows>,
     control: Array<MapData, TapControl>,
-    unsampled: Unsampled,
     method: TapMethod,
     ebpf: Ebpf,
 }
@@ -79,6 +78,7 @@ pub struct TapProbe {
 pub struct TapRows {
     rows: Mapped<TapRow>,
     cpus: u32,
+    unsampled: Unsampled,
 }
 
 impl TapRows {
@@ -92,6 +92,11 @@ impl TapRows {
             }
         }
         sum
+    }
+
+    /// Segments of flows that are not followed, on all devices since it was loaded.
+    pub fn unsampled(&self) -> u64 {
+        self.unsampled.count()
     }
 }
 
@@ -130,13 +135,13 @@ impl TapProbe {
             ("FLOWS", sizes.flow_sets),
         ];
         let mut ebpf = load(OBJECT, &constants, &lengths)?;
-        let rows = TapRows { rows: Mapped::of(&mut ebpf, "ROWS", rows)?, cpus: sizes.cpus };
+        let rows = Mapped::of(&mut ebpf, "ROWS", rows)?;
+        let rows = TapRows { rows, cpus: sizes.cpus, unsampled: Unsampled::of(&mut ebpf)? };
         let interfaces = CgroupTable::of(&mut ebpf)?;
-        let unsampled = Unsampled::of(&mut ebpf)?;
         let mut map = Array::try_from(take(&mut ebpf, "CONTROL")?).map_err(aya::EbpfError::from)?;
         map.set(0, control, 0).map_err(aya::EbpfError::from)?;
         let rows = Arc::new(rows);
-        let mut probe = Self { interfaces, rows, control: map, unsampled, method, ebpf };
+        let mut probe = Self { interfaces, rows, control: map, method, ebpf };
         for (name, _) in PROGRAMS {
             let program = probe.program(name)?;
             verified(|| program.load())?;
@@ -216,11 +221,6 @@ impl TapProbe {
     /// One line; it is as it was then.
     pub fn control(&mut self, control: TapControl) -> Result<(), String> {
         self.control.set(0, control, 0).map_err(|error| map_error("CONTROL", &error))
-    }
-
-    /// Segments of flows that are not followed, on all devices since it was loaded.
-    pub fn unsampled(&self) -> u64 {
-        self.unsampled.count()
     }
 
     /// Its programs, to be asked what they cost.

@@ -147,7 +147,8 @@ impl Guest {
     }
 
     pub fn health(&self) -> GuestHealth {
-        lock(&self.published).health.clone()
+        let unsampled = self.rows.as_ref().map_or(0, |rows| rows.unsampled());
+        GuestHealth { unsampled, ..lock(&self.published).health.clone() }
     }
 }
 

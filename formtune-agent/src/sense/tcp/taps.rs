@@ -322,7 +322,6 @@ impl Follower {
             self.vms.values().map(|vm| vm.failed.len() as u32).sum();
         published.health.why.clone_from(&self.why);
         published.health.sampling_shift = self.control.sampling_shift;
-        published.health.unsampled = self.probe.unsampled();
     }
 }
 
