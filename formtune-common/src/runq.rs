@@ -52,7 +52,7 @@ pub const HOLDERS: usize = 8;
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct Row {
-    /// Waits counted; written last, so a reader that finds it unchanged may skip the row.
+    /// Waits counted; written after all else here.
     pub count: u32,
     /// Tasks of the VM that were switched in without a usable time stamp (none, or one
     /// after the run queue's clock). Not in `count`.

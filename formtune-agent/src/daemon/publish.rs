@@ -250,6 +250,7 @@ impl Agent {
                 slots_used: u64::from(health.slots_used),
                 cost_cpus: health.cost.map(|cost| cost.cpus),
                 runs_per_s: health.cost.map(|cost| cost.runs_per_s),
+                missed: health.cost.and_then(|cost| cost.missed),
                 budget_cpus: self.config.policy.probe_budget,
                 sampling_shift: health.sampling_shift,
                 unsampled: health.blind().is_none().then_some(health.unsampled),

@@ -193,6 +193,12 @@ impl Families<'_> {
             "Share of events that the probes look at; each counts as its reciprocal",
             Some(f64::exp2(-f64::from(node.probe.sampling_shift))),
         )?;
+        self.counter(
+            "formtune_probe_missed_total",
+            "Events that a program did not see as the same CPU was running it; as of when the \
+             programs' cost was last measured",
+            [([], node.probe.missed.map(|missed| missed as f64))],
+        )?;
         let unsampled = [
             ("runq", node.probe.unsampled),
             ("block", node.block.as_ref().map(|block| block.counters.unsampled)),

@@ -139,6 +139,10 @@ pub struct ProbeState {
     pub cost_cpus: Option<f64>,
     /// Runs of the programs per second, at that time.
     pub runs_per_s: Option<f64>,
+    /// Events that none of the programs saw until then, as the same CPU was running it; `None` also
+    /// where the kernel does not say.
+    #[serde(default)]
+    pub missed: Option<u64>,
     /// CPUs they may take; see `probe_budget`.
     pub budget_cpus: f64,
     /// They look at one event in 2^this, which counts as 2^this.

@@ -121,17 +121,19 @@ fn switched(ctx: &BtfTracePointContext) -> Option<()> {
     unsafe {
         let found = slot(&TABLE, TABLE_MASK.get(), &SPILL, cgroup_id(next));
         let holder = match found {
-            // Between two switches that are looked at anybody may have had the CPU. What was
-            // before is no longer known, either, once every switch is looked at again.
-            _ if shift != 0 => NOBODY,
             Some(slot) => vm(slot),
-            None if is_idle(running, next) => IDLE,
-            None => control.outside,
+            None => {
+                let holder = if is_idle(running, next) { IDLE } else { control.outside };
+                // Many switches are between tasks of the host.
+                if (*running).holder == holder {
+                    return None;
+                }
+                holder
+            }
         };
-        // Many switches are between tasks of the host.
-        if found.is_none() && (*running).holder == holder {
-            return None;
-        }
+        // Between two switches that are looked at anybody may have had the CPU. What was before is
+        // no longer known, either, once every switch is looked at again.
+        let holder = if shift == 0 { holder } else { NOBODY };
         let cfs_rq: *const u8 = field(next, &TASK_CFS_RQ);
         let rq: *const u8 = field(cfs_rq, &CFS_RQ_RQ);
         let clock: u64 = field(rq, &RQ_CLOCK);

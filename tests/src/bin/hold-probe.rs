@@ -80,6 +80,14 @@ fn collect(pattern: &str, max_vms: u32) -> Result<()> {
     let patterns = vec![pattern.parse().context("bad pattern")?];
     let config = SenseConfig { patterns, max_vms, ..Default::default() };
     let mut sense = Sense::open(&config, None)?;
+    let tcp = sense.tcp_health();
+    for probe in
+        [&sense.health().runq, &sense.block().health().probe, &tcp.host.state, &tcp.guest.state]
+    {
+        if let ProbeState::Unavailable { program, why, .. } = probe {
+            bail!("{program} is not loaded: {why}");
+        }
+    }
     println!("ready");
     // What is no histogram is due once a second, and it is told how late it is.
     let mut now = Nanos(1);

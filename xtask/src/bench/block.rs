@@ -96,7 +96,7 @@ pub fn run() -> Result<Vec<Figure>> {
     let target = Some("ratio_to_peer <= 0.4");
     Ok(vec![
         Figure::measured("block.program", "ns/request", &ours, Some(&peer), None, target),
-        Figure::measured("block.added", "ns/request", in_vm, Some(biolatency), Some(floor), None),
+        Figure::measured("block.added", "ns/request", in_vm, Some(biolatency), Some(floor), target),
     ])
 }
 

@@ -18,6 +18,8 @@ struct Runs {
     count: u64,
     /// Nanoseconds.
     ns: u64,
+    /// Runs that did not happen; see [`Cost::missed`].
+    missed: Option<u64>,
 }
 
 impl Runs {
@@ -39,6 +41,7 @@ impl Runs {
         Self {
             count: value("run_cnt").unwrap_or_default(),
             ns: value("run_time_ns").unwrap_or_default(),
+            missed: value("recursion_misses"),
         }
     }
 }
@@ -46,7 +49,12 @@ impl Runs {
 impl std::ops::Add for Runs {
     type Output = Self;
     fn add(self, other: Self) -> Self {
-        Self { count: self.count + other.count, ns: self.ns + other.ns }
+        let missed = [self.missed, other.missed].into_iter().flatten();
+        Self {
+            count: self.count + other.count,
+            ns: self.ns + other.ns,
+            missed: missed.reduce(|sum, more| sum + more),
+        }
     }
 }
 
@@ -58,6 +66,9 @@ pub struct Cost {
     pub cpus: f64,
     /// Runs per second.
     pub runs_per_s: f64,
+    /// Events since the programs were loaded for which one did not run, as the same CPU was in the
+    /// middle of running it; `None` where the kernel does not say (before 5.12).
+    pub missed: Option<u64>,
 }
 
 /// Measures now and then.
@@ -97,6 +108,7 @@ impl CostMeter {
         Some(Cost {
             cpus: ns? as f64 / span.0 as f64,
             runs_per_s: count? as f64 / span.as_secs_f64(),
+            missed: after.missed,
         })
     }
 }
@@ -109,7 +121,9 @@ mod tests {
     fn what_the_kernel_says_beside_a_descriptor() {
         let text = "pos:\t0\nflags:\t02000002\nprog_type:\t26\nrun_time_ns:\t4711\n\
                     run_cnt:\t42\nrecursion_misses:\t0\n";
-        assert_eq!(Runs::parse(text), Runs { count: 42, ns: 4_711 });
+        assert_eq!(Runs::parse(text), Runs { count: 42, ns: 4_711, missed: Some(0) });
+        let sum = Runs::parse(text) + Runs { missed: Some(2), ..Runs::default() };
+        assert_eq!((sum + Runs::default()).missed, Some(2));
         assert_eq!(Runs::parse("prog_type:\t26\n"), Runs::default());
     }
 }

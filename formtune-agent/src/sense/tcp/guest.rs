@@ -140,7 +140,7 @@ impl Guest {
         }
     }
 
-    /// As of now; `None` while no device of the VM is known.
+    /// As of now; `None` before the first device of the VM is known.
     pub fn counts(&self, vm: &Path) -> Option<GuestCounts> {
         let rows = self.rows.as_ref()?;
         Some(lock(&self.published).vms.get(vm.as_os_str())?.counts(rows))

@@ -33,7 +33,7 @@ use std::path::Path;
 pub struct TcpCounts {
     /// `None` while not measured.
     pub host: Option<HostCounts>,
-    /// `None` while not measured: no tap device is known.
+    /// `None` while not measured: no tap device was ever known.
     pub guest: Option<GuestCounts>,
 }
 

@@ -1,5 +1,6 @@
-//! The thread that follows tap devices: finds those of each VM, and attaches the probe. Attaching waits for a lock of the kernel's, reading `/proc` takes
-//! time: neither must hold up the sampling loop.
+//! The thread that follows tap devices: finds those of each VM, and attaches the probe. Attaching
+//! waits for a lock of the kernel's, reading `/proc` takes time: neither must hold up the sampling
+//! loop.
 //!
 //! A VM's devices are looked for when it appears, some more times at growing intervals, and
 //! when the kernel reports new devices. One that vanishes takes the programs with it; its
