@@ -110,7 +110,11 @@ pub fn tried_again(
     let counts = |of: &OpTotals| [of.requests, of.total.count(), of.device.count()];
     let counted: Vec<u64> =
         counts(&after).into_iter().zip(counts(&before)).map(|(now, then)| now - then).collect();
-    ensure!(counted == [READS; 3], "{READS} reads, {requeued} tried again, are {counted:?}");
+    let counters = sense.block().health().counters;
+    ensure!(
+        counted == [READS; 3],
+        "{READS} reads, {requeued} tried again, are {counted:?}; {counters:?}"
+    );
     ensure!(requeued > 0, "the ring was never full");
     Ok(requeued)
 }

@@ -46,9 +46,10 @@ static FREE: Queue<u32> = Queue::with_max_entries(256, 0);
 static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 #[map]
 static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(1, 0);
-/// By the address of a request, where it carries no times itself.
+/// By the address of a request, where it carries no times itself. Allocated at once: many come
+/// together, in interrupts, faster than the kernel finds memory for them there.
 #[map]
-static STARTS: HashMap<u64, Start> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
+static STARTS: HashMap<u64, Start> = HashMap::with_max_entries(16384, 0);
 /// cgroup → VM, by the low bits of the cgroup's id.
 #[map]
 static TABLE: Array<TableEntry> = Array::with_max_entries(4096, 0);
@@ -419,14 +420,17 @@ fn note(request: *const u8, issue: bool) -> Option<()> {
         }
         let now = bpf_ktime_get_ns();
         let address = request as u64;
-        let mut start = Start { queued: now, issued: if issue { now } else { 0 } };
+        let issued = if issue { now } else { 0 };
         // It was in the scheduler's queue before, or it is tried again. One that was given to
         // its device is an earlier request at this address, whose end was not seen.
-        if let Some(before) = STARTS.get_ptr(&address)
-            && (*before).issued == 0
-        {
-            start.queued = (*before).queued;
+        if let Some(known) = STARTS.get_ptr_mut(&address) {
+            if (*known).issued != 0 {
+                (*known).queued = now;
+            }
+            (*known).issued = issued;
+            return Some(());
         }
+        let start = Start { queued: now, issued };
         if STARTS.insert(&address, &start, BPF_ANY.into()).is_err() {
             count!(not_noted);
         }
