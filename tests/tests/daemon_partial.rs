@@ -40,10 +40,11 @@ fn json(agent: &Agent, path: &str) -> Value {
 
 /// A VM that works and sleeps, and reads from a device.
 struct Busy {
-    vm: BlockVm,
     device: LoopDevice,
     site: Site,
+    /// Ends before its cgroup is removed.
     _worker: Member,
+    vm: BlockVm,
 }
 
 impl Busy {
