@@ -266,8 +266,7 @@ impl Block {
 
     /// A VM's requests since it was first seen; `None` if it is not measured.
     pub fn totals(&self, vm: &Path) -> Option<BlockTotals<'_>> {
-        let vm = self.vms.get(vm.as_os_str()).filter(|vm| !vm.counted.is_empty())?;
-        Some(self.totals_of(vm.number))
+        self.totals_by_number(self.vms.get(vm.as_os_str())?.number)
     }
 
     /// The same for the VM with this number.
